@@ -1,0 +1,164 @@
+"""A request from its arrival to its last token: what was asked, how far it is, and what is handed back.
+
+Owns `Request` (the engine's record of it) and `RequestOutput` (what the user gets). Never touches a tensor or a block. Progress is one inequality, and chunked prefill, decode, prefix hits and
+preemption are all movements of its left side:
+
+    num_computed_tokens < num_tokens        positions with KV written  <  prompt + output tokens
+
+    WAITING --schedule--> RUNNING --stop, length, abort--> FINISHED_*
+       ^                     |
+       +---- PREEMPTED <-----+    blocks given back, num_computed_tokens = 0
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from minivllm.sampling_params import SamplingParams
+
+class RequestStatus(enum.Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    PREEMPTED = "preempted"
+    FINISHED_STOPPED = "stop"
+    FINISHED_LENGTH_CAPPED = "length"
+    FINISHED_ABORTED = "abort"
+    FINISHED_ERROR = "error"
+
+    @property
+    def is_finished(self) -> bool:
+        return self.name.startswith("FINISHED")
+
+
+@dataclass
+class RequestTimes:
+    """When things happened to a request, in seconds of the engine's clock; None until they have."""
+
+    arrival: float = 0.0
+    queued: float | None = None
+    first_scheduled: float | None = None
+    first_token: float | None = None
+    last_token: float | None = None
+
+
+class Request:
+    """One sequence in the engine. `n > 1` becomes n of these, which share their prompt's blocks through the prefix cache.
+
+    The scheduler alone changes `status` and `num_computed_tokens`; `output_token_ids` grows by `append_output_token_id`.
+    """
+
+    def __init__(self, request_id: str, prompt_token_ids: Sequence[int], sampling_params: SamplingParams, *,
+                 max_tokens: int | None = None, eos_token_ids: Sequence[int] = (), seed: int = 0,
+                 arrival_time: float = 0.0, cache_salt: str | None = None) -> None:
+        self.request_id = request_id
+        self.prompt_token_ids = list(prompt_token_ids)
+        self.sampling_params = sampling_params
+        # The end of the context already counted in, so that the scheduler has one number to compare with.
+        self.max_tokens = max_tokens if max_tokens is not None else sampling_params.max_tokens
+        # The first is *the* EOS (stop_reason None); ending on another one reports its id, as in vLLM.
+        self.eos_token_ids = tuple(eos_token_ids)
+        self.seed = seed  # always a number: unseeded requests get one from the engine's seed
+        self.cache_salt = cache_salt
+        self.status = RequestStatus.WAITING
+        self.stop_reason: int | str | None = None
+        self.all_token_ids: list[int] = list(prompt_token_ids)
+        self.num_computed_tokens = 0
+        self.num_cached_tokens = -1  # prefix-cache hits at the first admission; -1 until then
+        self.num_preemptions = 0
+        self.block_hashes: list[bytes] = []  # one per full block, extended by the KV cache manager
+        self.times = RequestTimes(arrival=arrival_time)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.prompt_token_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.all_token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.all_token_ids) - len(self.prompt_token_ids)
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        """A copy of the sampled tokens."""
+        return self.all_token_ids[len(self.prompt_token_ids):]
+
+    @property
+    def is_finished(self) -> bool:
+        return self.status.is_finished
+
+    def append_output_token_id(self, token_id: int) -> None:
+        self.all_token_ids.append(token_id)
+
+    def __repr__(self) -> str:
+        return (f"Request({self.request_id!r}, {self.status.name}, {self.num_computed_tokens}/{self.num_tokens} computed, "
+                f"{self.num_output_tokens} sampled)")
+
+
+def check_stop(request: Request, max_model_len: int) -> bool:
+    """Set `status` and `stop_reason` if the newest token ends the request, and say whether it does.
+
+    Called once for every appended token. EOS first, then `stop_token_ids`, then length (vllm/v1/core/sched/utils.py);
+    below `min_tokens` only the length can end it. Stop strings are the detokenizer's business: they need text.
+    """
+    params, last = request.sampling_params, request.all_token_ids[-1]
+    if request.num_output_tokens >= params.min_tokens:
+        is_eos = not params.ignore_eos and last in request.eos_token_ids
+        if is_eos or last in (params.stop_token_ids or ()):
+            request.status = RequestStatus.FINISHED_STOPPED
+            request.stop_reason = None if is_eos and last == request.eos_token_ids[0] else last
+            return True
+    if request.num_tokens >= max_model_len or request.num_output_tokens >= (request.max_tokens or math.inf):
+        request.status = RequestStatus.FINISHED_LENGTH_CAPPED
+        return True
+    return False
+
+
+@dataclass(frozen=True)
+class Logprob:
+    """One token's log-probability under the raw logits, and its rank among the vocabulary (1 is the most likely)."""
+
+    logprob: float
+    rank: int
+    decoded_token: str | None = None
+
+
+@dataclass
+class CompletionOutput:
+    """One of a request's n answers, as far as it has got. `token_ids` keeps the EOS or stop token, `text` does not."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    cumulative_logprob: float | None = None
+    logprobs: list[dict[int, Logprob]] | None = None
+    finish_reason: str | None = None  # stop, length, abort, error
+    stop_reason: int | str | None = None
+
+    @property
+    def finished(self) -> bool:
+        return self.finish_reason is not None
+
+
+@dataclass
+class RequestOutput:
+    """What a request has produced up to now, cumulative: the last one of a request holds everything.
+
+    `prompt_logprobs[0]` is None: nothing predicts the first token. `metrics` has one entry per answer.
+    """
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    finished: bool
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    num_cached_tokens: int = 0
+    metrics: list[RequestTimes] = field(default_factory=list)
+    error: Any = None
