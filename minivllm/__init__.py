@@ -1,0 +1,34 @@
+"""minivllm: a vLLM-style inference engine in pure PyTorch. The modules, in the order in which a request meets them:
+
+config, weights, model      what is computed          (generate, dense_cache, slot_batching, cost: the rungs below the engine)
+block_pool, kv_cache        where keys and values live
+attention                   how they are read
+request, scheduler          who computes how much in this step
+model_runner, sampler       from a schedule to tokens
+detokenizer                 from tokens to text
+engine, llm, async_engine   schedule, run, sample, update
+serve                       the same engine behind HTTP
+"""
+
+import os
+
+from minivllm.version import __version__
+
+# A learner's file in mine/ shadows the module of the same name.
+if os.environ.get("MINIVLLM_MINE"):
+    __path__.insert(0, os.path.abspath(os.environ["MINIVLLM_MINE"]))
+
+__all__ = ["LLM", "SamplingParams", "__version__"]
+
+
+def __getattr__(name: str) -> object:
+    """Import `LLM` and `SamplingParams` on first use: the scheduler's tests must not pay for torch."""
+    if name == "LLM":
+        from minivllm.llm import LLM
+
+        return LLM
+    if name == "SamplingParams":
+        from minivllm.sampling_params import SamplingParams
+
+        return SamplingParams
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

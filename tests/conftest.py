@@ -1,0 +1,13 @@
+"""Hypothesis profiles and one promise: no test needs the network, a GPU, or another test."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from hypothesis import HealthCheck, settings  # the environment comes first
+
+COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
+settings.register_profile("default", derandomize=True, database=None, max_examples=100, **COMMON)
+settings.register_profile("deep", max_examples=2000, **COMMON)
+settings.load_profile("default")
