@@ -1,7 +1,7 @@
 """A request from its arrival to its last token: what was asked, how far it is, and what is handed back.
 
-Owns `Request` (the engine's record of it) and `RequestOutput` (what the user gets). Never touches a tensor or a block. Progress is one inequality, and chunked prefill, decode, prefix hits and
-preemption are all movements of its left side:
+Owns `Request` (the engine's record of it) and `RequestOutput` (what the user gets). Never touches a tensor or a block. Progress
+is one inequality, and chunked prefill, decode, prefix hits and preemption are all movements of its left side:
 
     num_computed_tokens < num_tokens        positions with KV written  <  prompt + output tokens
 
@@ -16,9 +16,12 @@ import enum
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from minivllm.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from minivllm.kv_cache import BlockHash
 
 class RequestStatus(enum.Enum):
     WAITING = "waiting"
@@ -67,9 +70,10 @@ class Request:
         self.stop_reason: int | str | None = None
         self.all_token_ids: list[int] = list(prompt_token_ids)
         self.num_computed_tokens = 0
+        self.max_num_computed_tokens = 0  # the most that it ever was: what lies below is computed again after a preemption
         self.num_cached_tokens = -1  # prefix-cache hits at the first admission; -1 until then
         self.num_preemptions = 0
-        self.block_hashes: list[bytes] = []  # one per full block, extended by the KV cache manager
+        self.block_hashes: list[BlockHash] = []  # one per full block, extended by the KV cache manager
         self.times = RequestTimes(arrival=arrival_time)
 
     @property

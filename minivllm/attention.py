@@ -1,0 +1,224 @@
+"""Lesson 8. Attention through a table: a request's keys and values lie in blocks scattered over one big tensor.
+
+Owns the K and V tensors of one layer, where a token's K and V go, and the readable paged attention: gather a context into
+logical order, then softmax. Knows no request and no reference count: it sees tensors and one `AttentionMetadata` a step.
+
+    block_table[b] = [7, 2, 5]      P = 4 slots per block      seq_lens[b] = 10
+    position       0  1  2  3 |  4  5  6  7 |  8  9
+    slot          28 29 30 31 |  8  9 10 11 | 20 21      slot = block_table[b][position // P] * P + position % P
+
+Logical order lives in the table, so any permutation of the blocks gives the same output. vLLM reads the table inside its
+kernels (vllm/v1/attention/backends/); here the gather is a copy, and the price is stated at `PagedAttention`.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+NULL_BLOCK = 0  # never handed out: padding reads and writes here, so that it can hurt nobody
+QUERY_TILE = 128  # queries of a prefill chunk that share one mask: 128 x 32,768 positions are a mask of 4 MiB
+SHORT_CONTEXT = 256  # decodes up to this length share one gather
+
+
+@dataclass
+class AttentionMetadata:
+    """What one step of T tokens and B requests tells every layer. Requests with one query token (decodes) come first.
+
+    Made anew for every step: the first layer works out the slots to read, and the other layers reuse them.
+    """
+
+    query_start_loc: Tensor  # (B+1,) int32  request b's tokens are rows query_start_loc[b]:query_start_loc[b+1]
+    seq_lens: Tensor  # (B,) int32  tokens of request b whose K and V exist once this step has written
+    block_table: Tensor  # (B, blocks in use) int32, padded with the null block
+    slot_mapping: Tensor  # (T,) int64  where each token's K and V go; padded tokens go to the null block
+    num_decodes: int  # the first num_decodes requests have exactly one query token
+    # The same two facts as Python integers, which the runner knows anyway; when absent they are read back from the device.
+    host_query_lens: list[int] = field(default_factory=list)
+    host_seq_lens: list[int] = field(default_factory=list)
+    plan: StepPlan | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if not self.host_seq_lens:
+            self.host_query_lens = self.query_start_loc.diff().tolist()
+            self.host_seq_lens = self.seq_lens.tolist()
+        pairs = list(zip(self.host_query_lens, self.host_seq_lens, strict=True))
+        assert all(1 <= query <= seq for query, seq in pairs), f"each request needs 1 <= query tokens <= context, got {pairs}"
+        assert all(query == 1 for query, _ in pairs[: self.num_decodes]), "a decode has exactly one query token"
+
+    @property
+    def max_seq_len(self) -> int:
+        """The longest context of the step."""
+        return max(self.host_seq_lens)
+
+    @classmethod
+    def build(
+        cls, query_lens: list[int], seq_lens: list[int], block_tables: list[list[int]], block_size: int,
+        device: str | torch.device = "cpu",
+    ) -> AttentionMetadata:
+        """Everything from plain lists, one entry per request: query tokens, context with them, and block ids."""
+        width = max(len(table) for table in block_tables)
+        padded = [ids + [NULL_BLOCK] * (width - len(ids)) for ids in block_tables]
+        table = torch.tensor(padded, dtype=torch.int32, device=device)  # (B, blocks)
+        rows = [row for row, query in enumerate(query_lens) for _ in range(query)]
+        positions = [seq - query + i for query, seq in zip(query_lens, seq_lens, strict=True) for i in range(query)]
+        slots = slot_mapping(table, torch.tensor(rows, device=device), torch.tensor(positions, device=device), block_size)
+        starts = torch.tensor([0, *query_lens], device=device).cumsum(0).int()  # (B+1,)
+        num_decodes = next((b for b, query in enumerate(query_lens) if query > 1), len(query_lens))
+        lens = torch.tensor(seq_lens, dtype=torch.int32, device=device)
+        return cls(starts, lens, table, slots, num_decodes, query_lens, seq_lens)
+
+
+def slot_mapping(block_table: Tensor, rows: Tensor, positions: Tensor, block_size: int) -> Tensor:
+    """The slot of each token: its block's id times the block size, plus its offset in the block; int64.
+
+    Shaped like `positions`. Token i is at `positions[i]` of the request in row `rows[i]` of `block_table` (B, blocks). A padded token has position -1
+    and gets slot 0, inside the null block: a slot of -1 would wrap around and overwrite the last block.
+    """
+    real = positions.clamp(min=0)
+    block_ids = block_table[rows, real // block_size].long()  # int64 first: id * block_size may pass 2**31
+    slots = block_ids * block_size + real % block_size
+    return torch.where(positions < 0, NULL_BLOCK * block_size, slots)
+
+
+def context_slots(block_table: Tensor, seq_lens: Tensor, num_positions: int, block_size: int) -> Tensor:
+    """The slots of every request's positions 0 .. num_positions - 1, in logical order: (B, num_positions) int64.
+
+    Past a request's end its last position is repeated, so that nobody's slots and never a slot that was not written is read:
+    what lies there may be NaN, and 0 * NaN is NaN, so a weight of zero would not make it harmless.
+    """
+    last = seq_lens.long()[:, None] - 1  # (B, 1)
+    positions = torch.arange(num_positions, device=block_table.device).minimum(last)  # (B, S)
+    rows = torch.arange(len(block_table), device=block_table.device)[:, None]  # (B, 1)
+    return slot_mapping(block_table, rows, positions, block_size)
+
+
+def gather_kv(cache: Tensor, slots: Tensor) -> Tensor:
+    """Contexts in logical order, as a copy: result[k, ..., s, :] = cache[k, slots[..., s], :].
+
+    cache (K, num_slots, D) and slots (..., S) give (K, ..., S, D), with the KV heads still first.
+    """
+    flat = cache.index_select(1, slots.flatten())  # (K, every slot, D)
+    return flat.view(cache.shape[0], *slots.shape, cache.shape[2])  # (K, ..., S, D)
+
+
+@dataclass
+class DecodeGroup:
+    """Decodes of similar length, which share one gather."""
+
+    rows: Tensor  # (B,) int64  their rows in the query, one each
+    slots: Tensor  # (B, S) int64
+    mask: Tensor  # (B, S) bool  True: this position exists
+
+
+@dataclass
+class PrefillChunk:
+    """Several query tokens of one request, at the end of the context that lies in `slots`."""
+
+    start: int  # its rows in the query are start:end
+    end: int
+    slots: Tensor  # (S,) int64
+
+
+@dataclass
+class StepPlan:
+    """What to read in this step: the same for all layers, so worked out once."""
+
+    decode_groups: list[DecodeGroup]
+    prefill_chunks: list[PrefillChunk]
+
+
+def group_by_length(seq_lens: list[int]) -> list[list[int]]:
+    """Row numbers in groups whose lengths round up to the same power of two; all up to SHORT_CONTEXT are one group.
+
+    A group is padded to its longest member, so at most half of what a group beyond SHORT_CONTEXT reads is padding: one
+    context of 4,096 beside 15 of 128 reads 6,016 positions instead of 65,536.
+    """
+    groups = defaultdict(list)
+    for row, length in enumerate(seq_lens):
+        groups[(max(length, SHORT_CONTEXT) - 1).bit_length()].append(row)
+    return list(groups.values())
+
+
+def plan_step(metadata: AttentionMetadata, block_size: int) -> StepPlan:
+    """Work out which slots this step reads, from host integers alone: no wait for the device."""
+    table, device = metadata.block_table, metadata.block_table.device
+    decode_groups = []
+    for group in group_by_length(metadata.host_seq_lens[: metadata.num_decodes]):
+        rows = torch.tensor(group, device=device)
+        seq_lens, longest = metadata.seq_lens[rows], max(metadata.host_seq_lens[row] for row in group)
+        mask = torch.arange(longest, device=device) < seq_lens[:, None]  # (B, S)
+        decode_groups.append(DecodeGroup(rows, context_slots(table[rows], seq_lens, longest, block_size), mask))
+    prefill_chunks, start = [], metadata.num_decodes
+    for row in range(metadata.num_decodes, len(metadata.host_seq_lens)):
+        one, end = slice(row, row + 1), start + metadata.host_query_lens[row]
+        slots = context_slots(table[one], metadata.seq_lens[one], metadata.host_seq_lens[row], block_size)[0]  # (S,)
+        prefill_chunks.append(PrefillChunk(start, end, slots))
+        start = end
+    return StepPlan(decode_groups, prefill_chunks)
+
+
+class PagedAttention:
+    """One layer's K and V, (K, num_slots, D) each with num_slots = num_blocks * block_size, and attention over them."""
+
+    def __init__(
+        self, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int,
+        dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu",
+    ) -> None:
+        self.block_size = block_size
+        self.key_cache = torch.zeros(num_kv_heads, num_blocks * block_size, head_dim, dtype=dtype, device=device)
+        self.value_cache = torch.zeros_like(self.key_cache)
+
+    def zero_blocks(self, block_ids: list[int]) -> None:
+        """Zero the blocks that are being handed out, so that no earlier owner's values (or NaN) can be read."""
+        ids = torch.tensor(block_ids, dtype=torch.int64, device=self.key_cache.device)
+        for cache in (self.key_cache, self.value_cache):
+            cache.unflatten(1, (-1, self.block_size)).index_fill_(1, ids, 0)  # a view (K, N, P, D): fills the cache itself
+
+    def write(self, k: Tensor, v: Tensor, slot_mapping: Tensor) -> None:
+        """Put each token's k and v (T, K, D) into its slot, in place. A negative slot is an error, not the last slot."""
+        assert len(slot_mapping) == len(k) == len(v), f"one slot for every new token: {len(slot_mapping)} for {len(k)}"
+        self.key_cache.index_copy_(1, slot_mapping, k.transpose(0, 1))
+        self.value_cache.index_copy_(1, slot_mapping, v.transpose(0, 1))
+
+    def attend(self, q: Tensor, metadata: AttentionMetadata) -> Tensor:
+        """Each query (T, H, D) over its own request's context, itself included; rows of padded tokens are zero."""
+        if metadata.plan is None:
+            metadata.plan = plan_step(metadata, self.block_size)
+        output = torch.zeros_like(q)
+        for group in metadata.plan.decode_groups:
+            output[group.rows] = self.attend_decodes(q[group.rows], group)
+        for chunk in metadata.plan.prefill_chunks:
+            output[chunk.start : chunk.end] = self.attend_chunk(q[chunk.start : chunk.end], chunk.slots)
+        return output
+
+    def attend_decodes(self, q: Tensor, group: DecodeGroup) -> Tensor:
+        """One query each, q (B, H, D), in one batched gather."""
+        num_kv_heads, _, head_dim = self.key_cache.shape
+        k, v = gather_kv(self.key_cache, group.slots), gather_kv(self.value_cache, group.slots)  # (K, B, S, D)
+        # Query heads that share a KV head become its queries: K and V are read once, never repeated.
+        q = q.view(len(q), num_kv_heads, -1, head_dim).transpose(0, 1)  # (K, B, H/K, D)
+        output = F.scaled_dot_product_attention(q, k, v, attn_mask=group.mask[:, None])  # (K, B, H/K, D)
+        return output.transpose(0, 1).flatten(1, 2)  # (B, H, D)
+
+    def attend_chunk(self, q: Tensor, slots: Tensor) -> Tensor:
+        """Consecutive queries of one request, q (Tq, H, D), over its context (S,), whose last Tq positions are their own.
+
+        In tiles, because a mask of the whole chunk would be the largest tensor of the step, and because a tile needs no
+        position after its own last one: half of the work when the chunk is the whole context.
+        """
+        k, v = gather_kv(self.key_cache, slots)[None], gather_kv(self.value_cache, slots)[None]  # (1, K, S, D)
+        positions = torch.arange(len(slots), device=q.device)
+        output = torch.empty_like(q)
+        for start in range(0, len(q), QUERY_TILE):
+            tile = q[start : start + QUERY_TILE].transpose(0, 1)[None]  # (1, H, tile, D)
+            first = len(slots) - len(q) + start  # the position of the tile's first query
+            end = first + tile.shape[2]
+            mask = positions[:end] <= positions[first:end, None]  # (tile, end)
+            tile = F.scaled_dot_product_attention(tile, k[:, :, :end], v[:, :, :end], attn_mask=mask, enable_gqa=True)
+            output[start : start + QUERY_TILE] = tile[0].transpose(0, 1)  # (tile, H, D)
+        return output

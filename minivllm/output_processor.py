@@ -1,0 +1,130 @@
+"""From the tokens of a step to what a user sees: text, stop strings, logprobs, and n children joined into one output.
+
+Owns one `OutputState` per unfinished user request. Never touches a block or a queue: when a stop string has appeared, it
+names the request and the engine has the scheduler end it. Everything handed out is cumulative; the async face and the
+server take differences.
+
+    step's tokens  {"0_r": [11], "1_r": [42]}  ->  RequestOutput("r", outputs=[" a", " the"])
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from minivllm.detokenizer import IncrementalDetokenizer
+from minivllm.input_processor import ProcessedInput
+from minivllm.request import CompletionOutput, Logprob, Request, RequestOutput
+from minivllm.scheduler_output import ModelOutput
+
+
+class ChildState:
+    """One answer in the making: its detokenizer, logprobs and how much of the request's tokens has been seen."""
+
+    def __init__(self, index: int, request: Request, tokenizer: Any | None) -> None:
+        self.index = index
+        self.request = request
+        params = request.sampling_params
+        self.detokenizer = IncrementalDetokenizer(tokenizer, params, request.prompt_token_ids)
+        self.token_ids: list[int] = []
+        self.logprobs: list[dict[int, Logprob]] | None = None if params.logprobs is None else []
+        self.cumulative_logprob: float | None = None if params.logprobs is None else 0.0
+        self.stop_string: str | None = None
+
+    def update(self, logprobs: list[dict[int, Logprob]]) -> None:
+        """Take in the tokens that the request has gained, and note the stop string that they completed, if any."""
+        request = self.request
+        num_new = request.num_output_tokens - len(self.token_ids)
+        new_token_ids = request.all_token_ids[request.num_tokens - num_new:]
+        self.token_ids += new_token_ids
+        if self.logprobs is not None and self.cumulative_logprob is not None:
+            self.logprobs += logprobs[:num_new]
+            self.cumulative_logprob += sum(entry[token].logprob for token, entry in zip(new_token_ids, logprobs))
+        ended_by_token = request.is_finished and request.status.value == "stop"
+        self.stop_string = self.detokenizer.update(new_token_ids, stop_terminated=ended_by_token)
+
+    def to_output(self) -> CompletionOutput:
+        """A snapshot that later steps do not change. A stop string outranks a length reached by the same token."""
+        request, found = self.request, self.stop_string
+        finish_reason = request.status.value if request.is_finished else None
+        return CompletionOutput(
+            index=self.index,
+            text=self.detokenizer.text,
+            token_ids=list(self.token_ids),
+            cumulative_logprob=self.cumulative_logprob,
+            logprobs=None if self.logprobs is None else list(self.logprobs),
+            finish_reason=finish_reason if found is None else "stop",
+            stop_reason=request.stop_reason if found is None else found,
+        )
+
+
+@dataclass
+class OutputState:
+    """One user request: its input, its children, and the prompt's logprobs as far as they are known."""
+
+    processed: ProcessedInput
+    children: list[ChildState]
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    num_unfinished: int = 0
+
+    def to_output(self) -> RequestOutput:
+        requests = [child.request for child in self.children]
+        return RequestOutput(
+            request_id=self.processed.request_id,
+            prompt=self.processed.prompt,
+            prompt_token_ids=self.processed.prompt_token_ids,
+            outputs=[child.to_output() for child in self.children],
+            finished=self.num_unfinished == 0,
+            prompt_logprobs=self.prompt_logprobs,
+            # every child counts its own hits; the first one's are what the prompt itself found in the cache
+            num_cached_tokens=max(requests[0].num_cached_tokens, 0),
+            metrics=[request.times for request in requests],
+        )
+
+
+class OutputProcessor:
+    """All unfinished requests by their user-visible id, and the way from a child's id to its parent."""
+
+    def __init__(self, tokenizer: Any | None) -> None:
+        self.tokenizer = tokenizer
+        self.states: dict[str, OutputState] = {}
+        self.parents: dict[str, tuple[OutputState, ChildState]] = {}
+
+    def add(self, processed: ProcessedInput, children: list[Request]) -> None:
+        """Start keeping track of a request that the scheduler has accepted."""
+        states = [ChildState(index, request, self.tokenizer) for index, request in enumerate(children)]
+        wants_prompt = processed.params.prompt_logprobs is not None
+        state = OutputState(processed, states, [None] if wants_prompt else None, num_unfinished=len(states))
+        self.states[processed.request_id] = state
+        for child in states:
+            self.parents[child.request.request_id] = (state, child)
+
+    def update(self, requests: list[Request], output: ModelOutput) -> list[str]:
+        """Take in what a step produced: new text and logprobs. Returns the ids of requests that a stop string has ended."""
+        for request_id, (start, entries) in output.prompt_logprobs.items():
+            known = self.parents[request_id][0].prompt_logprobs
+            # A preempted request computes its prompt again: what is known already is not taken twice.
+            if known is not None and len(known) >= start:
+                known += entries[len(known) - start:]
+        stopped = []
+        for request in requests:
+            child = self.parents[request.request_id][1]
+            child.update(output.logprobs.get(request.request_id, []))
+            if child.stop_string is not None:
+                stopped.append(request.request_id)
+        return stopped
+
+    def collect(self, requests: list[Request]) -> list[RequestOutput]:
+        """One `RequestOutput` for every user request that one of these belongs to; what has ended is forgotten."""
+        moved: dict[str, OutputState] = {}
+        for request in requests:
+            state, child = self.parents[request.request_id]
+            moved[state.processed.request_id] = state
+            if request.is_finished:
+                child.detokenizer.finish()
+                del self.parents[request.request_id]
+                state.num_unfinished -= 1
+        for request_id, state in moved.items():
+            if state.num_unfinished == 0:
+                del self.states[request_id]
+        return [state.to_output() for state in moved.values()]

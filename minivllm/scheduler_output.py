@@ -1,0 +1,111 @@
+"""Lesson 9. What scheduler, model runner and engine say to each other: plain records. No behavior, no torch, no blocks.
+
+    SchedulerOutput = schedule()                   who computes how many tokens, as differences from the step before
+    ModelOutput     = execute_model(...)           what was sampled
+    [Request, ...]  = update_from_output(...)      who got tokens or ended
+
+The runner never sees a `Request`. It keeps one row per resident request, and a step tells it what changed: drop the rows of
+`finished_request_ids` and `preempted_request_ids`, then add those of `new_requests`, then lengthen tables by `new_block_ids`.
+After a failed step the same ids come again, so dropping a row that is not there must be harmless.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from minivllm.request import Logprob, Request
+from minivllm.sampling_params import SamplingParams
+
+
+@dataclass
+class NewRequestData:
+    """Everything the runner needs to start a row, for a first admission and for a return after preemption alike."""
+
+    request_id: str
+    token_ids: list[int]  # all that is known: the prompt, and what was sampled before a preemption
+    num_prompt_tokens: int
+    sampling_params: SamplingParams
+    seed: int
+    block_ids: list[int]  # the whole table, prefix hits first
+    num_computed_tokens: int  # = tokens in the prefix hits: the row starts computing here
+    eos_token_ids: tuple[int, ...] = ()  # banned below min_tokens
+
+    @classmethod
+    def from_request(cls, request: Request, block_ids: list[int]) -> NewRequestData:
+        return cls(request.request_id, list(request.all_token_ids), request.num_prompt_tokens, request.sampling_params,
+                   request.seed, block_ids, request.num_computed_tokens, request.eos_token_ids)
+
+
+class Decision(NamedTuple):
+    """One thing the scheduler decided about one request, for a reader. `reason` is written only when it is read."""
+
+    request_id: str
+    action: str  # schedule, admit, resume, wait, preempt, finish
+    why: str  # a template, e.g. "waits: needs {blocks}, {free} free"
+    need: int = 0  # blocks taken, wanted or given back
+    free: int = 0  # blocks free at that moment
+    num_tokens: int = 0
+    cause: object = None  # whatever else the sentence names: another request, a limit
+
+    @property
+    def reason(self) -> str:
+        """One sentence for a learner: "request 5 waits: needs 3 blocks, 1 free"."""
+        facts = {"blocks": _count(self.need, "block"), "tokens": _count(self.num_tokens, "token")}
+        return f"request {self.request_id} " + self.why.format(**facts, free=self.free, cause=self.cause)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+@dataclass
+class SchedulerOutput:
+    """One step. `total_num_scheduled_tokens <= max_num_batched_tokens`, and every count in it is at least 1."""
+
+    num_scheduled_tokens: dict[str, int] = field(default_factory=dict)  # in the order in which they were scheduled
+    new_requests: list[NewRequestData] = field(default_factory=list)
+    new_block_ids: dict[str, list[int]] = field(default_factory=dict)  # of running requests whose table grew
+    finished_request_ids: list[str] = field(default_factory=list)  # since the last step
+    preempted_request_ids: list[str] = field(default_factory=list)  # since the last step
+    scheduled_spec_decode_tokens: dict[str, list[int]] = field(default_factory=dict)  # empty until lesson 12
+    cached_block_ids: list[int] = field(default_factory=list)  # blocks this step gave a hash; a failed step takes it back
+    decisions: list[Decision] = field(default_factory=list)  # since the last step
+
+    @property
+    def total_num_scheduled_tokens(self) -> int:
+        return sum(self.num_scheduled_tokens.values())
+
+
+@dataclass
+class ModelOutput:
+    """What one step sampled. A request that is still in its prompt is absent, or has an empty list."""
+
+    sampled_token_ids: dict[str, list[int]] = field(default_factory=dict)
+    logprobs: dict[str, list[dict[int, Logprob]]] = field(default_factory=dict)  # one dict per sampled token
+    # the first position that these logprobs are of, and one dict for each position from there on
+    prompt_logprobs: dict[str, tuple[int, list[dict[int, Logprob]]]] = field(default_factory=dict)
+
+
+@dataclass
+class SchedulerStats:
+    """Deterministic counters since the start: the same requests in the same order give the same numbers, on any machine.
+
+    When every request has come to its end, and none was aborted or found after a preemption what it had not computed itself:
+        num_scheduled_tokens == num_prompt_tokens - prefix_cache_hits + num_generated_tokens - num_finished
+                                + num_recomputed_tokens
+    (a request's last token is never computed: nothing follows it).
+    """
+
+    num_steps: int = 0
+    num_scheduled_tokens: int = 0  # positions computed
+    num_recomputed_tokens: int = 0  # of these: computed before, and lost to a preemption
+    num_prompt_tokens: int = 0  # of requests when first admitted
+    num_generated_tokens: int = 0  # sampled and kept
+    num_finished: int = 0
+    num_preemptions: int = 0
+    num_rollbacks: int = 0  # steps that failed
+    num_blocks_allocated: int = 0
+    prefix_cache_queries: int = 0  # in tokens, as vLLM counts; returns after preemption are not counted
+    prefix_cache_hits: int = 0
+    discarded_positions: int = 0  # computed for a request that had ended or been preempted when the result came

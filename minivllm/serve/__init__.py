@@ -1,0 +1,13 @@
+"""The same engine behind HTTP, in the dialect of OpenAI's API and vLLM's extensions. A request meets the modules in this order:
+
+args, server           the command line; the socket, the signals, a clean end
+app, auth              routes; who may call them
+protocol, fields       what a body may hold; what each further field means here
+prompts, sampling      from a body to token ids and `SamplingParams`
+service                one engine, its names, the way in
+streams, answers       many outputs into one answer, whole or as events
+completions, chat      the two shapes of an answer
+logprobs, errors       the parts that both share
+
+    python -m minivllm.serve
+"""

@@ -1,0 +1,177 @@
+"""From cumulative outputs to an answer: the part that completions and chat share, whole or as a stream.
+
+Owns the differences: what each choice has gained since it was last looked at. A whole answer is one look at the end and a
+stream is one look per step, by the same code, so the two cannot disagree.
+
+    outputs  "Par" -> "Paris" -> "Paris." (stop)        deltas  "Par", "is", "." (stop)
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from minivllm.request import CompletionOutput, Logprob, RequestOutput
+from minivllm.sampling_params import SamplingParams
+from minivllm.serve.errors import ApiError
+from minivllm.serve.prompts import Prompt
+from minivllm.serve.protocol import GenerationBody
+from minivllm.serve.service import Service, Stream
+from minivllm.serve.streams import merge
+
+
+@dataclass
+class Delta:
+    """What one choice has gained since the last look."""
+
+    text: str
+    token_ids: list[int]
+    logprobs: list[dict[int, Logprob]] | None
+    finish_reason: str | None
+    stop_reason: int | str | None
+    is_first: bool
+
+
+@dataclass
+class Progress:
+    """How much of one choice has been handed out."""
+
+    num_chars: int = 0
+    num_tokens: int = 0
+    is_first: bool = True
+    is_finished: bool = False
+
+    def advance(self, output: CompletionOutput) -> Delta | None:
+        """What is new in `output`; None if nothing is. A new token counts even when its text is held back."""
+        token_ids = output.token_ids[self.num_tokens:]
+        text = output.text[self.num_chars:]
+        if self.is_finished or not (token_ids or text or output.finish_reason):
+            return None
+        logprobs = None if output.logprobs is None else output.logprobs[self.num_tokens:]
+        delta = Delta(text, token_ids, logprobs, output.finish_reason, output.stop_reason, self.is_first)
+        self.num_chars += len(text)
+        self.num_tokens += len(token_ids)
+        self.is_first = False
+        self.is_finished = output.finish_reason is not None
+        return delta
+
+
+@dataclass
+class Usage:
+    """Tokens so far. Every prompt counts once, however many answers it gets."""
+
+    prompt_tokens: dict[int, int] = field(default_factory=dict)  # by prompt
+    cached_tokens: dict[int, int] = field(default_factory=dict)
+    completion_tokens: int = 0
+
+    def see(self, prompt_index: int, output: RequestOutput) -> None:
+        self.prompt_tokens[prompt_index] = len(output.prompt_token_ids)
+        self.cached_tokens[prompt_index] = output.num_cached_tokens
+
+    def body(self) -> dict[str, Any]:
+        prompt_tokens = sum(self.prompt_tokens.values())
+        return {
+            "prompt_tokens": prompt_tokens,
+            "total_tokens": prompt_tokens + self.completion_tokens,
+            "completion_tokens": self.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": sum(self.cached_tokens.values())},
+        }
+
+
+class Answer:
+    """The answer to one body. Subclasses write the choices: `choice` for a whole answer, `chunk_choices` for a stream."""
+
+    id_prefix: str
+    object_name: str
+    chunk_name: str
+
+    @classmethod
+    async def admit(cls, service: Service, body: Any, header_id: str | None, prompts: Sequence[Prompt],
+                    params: SamplingParams) -> Self:
+        """Queue the body's requests under the client's own id (by header or body) or a random one.
+
+        Raises `ValidationError`; nothing is queued then.
+        """
+        response_id = f"{cls.id_prefix}-{(header_id or body.request_id or uuid.uuid4().hex)[:256]}"
+        streams = await service.admit(prompts, params, response_id, body.cache_salt)
+        return cls(service, body, response_id, prompts, streams)
+
+    def __init__(self, service: Service, body: Any, response_id: str, prompts: Sequence[Prompt],
+                 streams: Sequence[Stream]) -> None:
+        self.service = service
+        self.body: GenerationBody = body
+        self.prompts = prompts
+        self.streams = streams
+        self.n = body.n or 1
+        self.usage = Usage()
+        self.progress = [Progress() for _ in range(len(prompts) * self.n)]
+        # id, created and model stay the same through one stream
+        self.identity = {"id": response_id, "created": int(time.time()), "model": service.model_name}
+
+    def close(self) -> None:
+        """Abort what has not ended."""
+        for stream in self.streams:
+            stream.close()
+
+    def choice(self, index: int, output: RequestOutput, delta: Delta) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def chunk_choices(self, index: int, output: RequestOutput, delta: Delta) -> list[dict[str, Any]]:
+        raise NotImplementedError
+
+    def extras(self, output: RequestOutput) -> dict[str, Any]:
+        """Further keys of a whole answer."""
+        return {}
+
+    def count_tokens(self, delta: Delta) -> int:
+        return len(delta.token_ids)
+
+    async def whole(self) -> dict[str, Any]:
+        """The answer as one object, when all its requests have ended."""
+        last: dict[int, RequestOutput] = {}
+        async with aclosing(merge(self.streams)) as outputs:
+            async for prompt_index, output in outputs:
+                last[prompt_index] = output
+        choices = []
+        for prompt_index in range(len(self.prompts)):
+            for index, delta in self._deltas(prompt_index, last[prompt_index]):
+                choices.append(self.choice(index, last[prompt_index], delta))
+        return {**self.identity, "object": self.object_name, "choices": choices, "service_tier": None,
+                "system_fingerprint": self.service.fingerprint, "usage": self.usage.body(), **self.extras(last[0])}
+
+    async def chunks(self) -> AsyncGenerator[dict[str, Any]]:
+        """The answer as chunks: one per choice and token, then the usage if it was asked for."""
+        head = {**self.identity, "object": self.chunk_name}
+        continuous = self.body.includes_continuous_usage
+        async with aclosing(merge(self.streams)) as outputs:
+            async for prompt_index, output in outputs:
+                for index, delta in self._deltas(prompt_index, output):
+                    for choice in self.chunk_choices(index, output, delta):
+                        yield {**head, "choices": [choice], **({"usage": self.usage.body()} if continuous else {})}
+        if self.body.includes_usage:
+            yield {**head, "choices": [], "usage": self.usage.body()}
+
+    def _deltas(self, prompt_index: int, output: RequestOutput) -> list[tuple[int, Delta]]:
+        """(index in the answer, what is new) for every choice of one prompt that has moved."""
+        self.usage.see(prompt_index, output)
+        deltas = []
+        for completion in output.outputs:
+            if completion.finish_reason == "error":
+                raise ApiError("Internal server error", status=500)
+            index = prompt_index * self.n + completion.index
+            delta = self.progress[index].advance(completion)
+            if delta is not None:
+                self.usage.completion_tokens += self.count_tokens(delta)
+                deltas.append((index, delta))
+        return deltas
+
+
+def finish_fields(delta: Delta) -> dict[str, Any]:
+    return {"finish_reason": delta.finish_reason, "stop_reason": delta.stop_reason}
+
+
+Entries = Sequence[Mapping[int, Logprob] | None]

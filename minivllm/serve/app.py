@@ -1,0 +1,150 @@
+"""The routes, and the order of checks that decides which error wins.
+
+    key -> content type -> JSON and types -> fields -> model -> room -> prompt -> sampling -> engine
+
+Everything up to the engine's admission happens before an answer begins, so whatever the user got wrong is an HTTP error, for a
+stream too. The order is vLLM's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import APIRouter, Depends, FastAPI, Request
+from starlette.responses import Response
+
+from minivllm.serve.answers import Answer
+from minivllm.serve.auth import ApiKeyMiddleware
+from minivllm.serve.chat import ChatAnswer
+from minivllm.serve.completions import CompletionAnswer
+from minivllm.serve.errors import ApiError, install_error_handlers, json_response
+from minivllm.serve.protocol import Body, ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from minivllm.serve.sampling import chat_params, completion_params
+from minivllm.serve.service import Service
+from minivllm.serve.streams import ClientGoneError, EventStream, race
+from minivllm.version import __version__
+
+router = APIRouter()
+CLIENT_CLOSED_REQUEST = 499  # nginx's code; it is sent to nobody and seen in the log only
+
+
+def create_app(service: Service) -> FastAPI:
+    """The ASGI application over one engine."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        service.close()
+
+    app = FastAPI(title="minivllm", version=__version__, lifespan=lifespan)
+    app.state.service = service
+    install_error_handlers(app)
+    if service.options.api_keys:
+        app.add_middleware(ApiKeyMiddleware, keys=service.options.api_keys)
+    app.include_router(router)
+    return app
+
+
+def get_service(request: Request) -> Service:
+    return request.app.state.service
+
+
+async def require_json(request: Request) -> None:
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type != "application/json":
+        raise ApiError(f"the Content-Type must be application/json, got {media_type[:100] or 'none'}")
+
+
+def begin(request: Request, body: Body) -> Service:
+    """The checks that every POST starts with."""
+    service = get_service(request)
+    body.check(ignore_unknown=service.options.ignore_unknown_fields)
+    service.check_model(body.model)
+    service.check_admission()
+    return service
+
+
+@router.get("/health")
+@router.get("/ping")
+@router.post("/ping")
+async def health(request: Request) -> Response:
+    """200 while the engine answers; 503 once it has failed or the server is on its way out."""
+    service = get_service(request)
+    return Response(status_code=503 if service.engine.errored or service.is_draining else 200)
+
+
+@router.get("/version")
+async def version() -> Response:
+    return json_response({"version": __version__})
+
+
+@router.get("/v1/models")
+async def models(request: Request) -> Response:
+    """One card per served name. `max_model_len` is vLLM's addition; benches and clients read it."""
+    service = get_service(request)
+    card = {"object": "model", "created": service.started, "owned_by": "minivllm", "root": service.options.model_root,
+            "parent": None, "max_model_len": service.max_model_len}
+    return json_response({"object": "list", "data": [{"id": name, **card} for name in service.options.served_model_names]})
+
+
+@router.post("/v1/completions", dependencies=[Depends(require_json)])
+async def completions(body: CompletionBody, request: Request) -> Response:
+    service = begin(request, body)
+
+    async def start() -> Answer:
+        prompts = await service.reader.read_completion(body)
+        params = completion_params(body, service.defaults, service.max_model_len)
+        return await CompletionAnswer.admit(service, body, request.headers.get("x-request-id"), prompts, params)
+
+    return await respond(request, start, stream=bool(body.stream))
+
+
+@router.post("/v1/chat/completions", dependencies=[Depends(require_json)])
+async def chat_completions(body: ChatBody, request: Request) -> Response:
+    service = begin(request, body)
+
+    async def start() -> Answer:
+        prompt = await service.reader.read_chat(body)
+        params = chat_params(body, service.defaults, service.max_model_len)
+        return await ChatAnswer.admit(service, body, request.headers.get("x-request-id"), [prompt], params)
+
+    return await respond(request, start, stream=bool(body.stream))
+
+
+async def respond(request: Request, start: Callable[[], Coroutine[Any, Any, Answer]], *, stream: bool) -> Response:
+    """Admit, then answer; given up as soon as the client hangs up, which aborts the engine's requests."""
+    service = get_service(request)
+
+    async def whole() -> dict[str, Any]:
+        answer = await start()
+        try:
+            return await answer.whole()
+        finally:
+            answer.close()
+
+    try:
+        if not stream:
+            return json_response(await race(whole(), request.receive, service.stopping))
+        answer = await race(start(), request.receive, service.stopping)
+        return EventStream(answer.chunks(), answer.close, service.stopping)
+    except ClientGoneError:
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
+
+
+@router.post("/tokenize", dependencies=[Depends(require_json)])
+async def tokenize(body: TokenizeBody, request: Request) -> Response:
+    """Token ids of a prompt, or of a conversation as the chat template renders it."""
+    service = begin(request, body)
+    tokens = await service.reader.read_tokenize(body)
+    strings = service.tokenizer.convert_ids_to_tokens(tokens) if body.return_token_strs else None
+    return json_response({"count": len(tokens), "max_model_len": service.max_model_len, "tokens": tokens,
+                          "token_strs": strings})
+
+
+@router.post("/detokenize", dependencies=[Depends(require_json)])
+async def detokenize(body: DetokenizeBody, request: Request) -> Response:
+    service = begin(request, body)
+    service.reader.check_token_ids(body.tokens, "tokens")
+    return json_response({"prompt": service.tokenizer.decode(body.tokens)})

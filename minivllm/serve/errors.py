@@ -1,0 +1,116 @@
+"""What a client is told when something went wrong: one envelope, one table from exception to status.
+
+    {"error": {"message": "...", "type": "NotFoundError", "param": "model", "code": 404}}
+
+The shape and the types are vLLM's (vllm/entrypoints/serve/exception_handling), so that clients written for it read them.
+The two bodies outside the envelope are vLLM's as well: {"error": "Unauthorized"} (auth.py) and FastAPI's {"detail": ...}
+for an unknown path or method.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.responses import Response
+
+from minivllm.exceptions import EngineDeadError, ValidationError
+
+logger = logging.getLogger("minivllm.serve")
+
+ERROR_TYPES = {
+    400: "BadRequestError",
+    404: "NotFoundError",
+    500: "InternalServerError",
+    501: "NotImplementedError",
+    503: "ServiceUnavailableError",
+}
+MAX_LISTED_ERRORS = 10
+MAX_SHOWN_INPUT = 200
+
+
+class ApiError(Exception):
+    """An answer that is an error. `param` names the field at fault."""
+
+    def __init__(self, message: str, *, status: int = 400, param: str | None = None, kind: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.status = status
+        self.param = param
+        self.kind = kind or ERROR_TYPES[status]
+
+    def body(self) -> dict[str, Any]:
+        return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.status}}
+
+
+def to_api_error(error: BaseException) -> ApiError:
+    """The answer to any exception. Only messages that were written for the user are shown to one."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, ValidationError):
+        return ApiError(str(error), param=error.parameter)
+    if isinstance(error, NotImplementedError):
+        return ApiError(str(error), status=501)
+    if isinstance(error, EngineDeadError):
+        return ApiError("The engine has stopped and answers no more requests.", status=500)
+    return ApiError("Internal server error", status=500)
+
+
+def describe_body_errors(error: RequestValidationError) -> ApiError:
+    """pydantic's findings as one message. 400, where FastAPI would say 422: vLLM and OpenAI say 400."""
+    found = error.errors()
+    lines = []
+    for entry in found[:MAX_LISTED_ERRORS]:
+        where = ".".join(str(part) for part in entry["loc"])
+        reason = entry.get("ctx", {}).get("error", entry["msg"])
+        shown = "" if entry["type"] in ("json_invalid", "missing") else f", got {_shorten(entry.get('input'))}"
+        lines.append(f"{where}: {reason}{shown}")
+    first = found[0]["loc"]
+    is_field = len(first) > 1 and isinstance(first[1], str)
+    message = f"{len(found)} validation error{'s' if len(found) > 1 else ''}: " + "; ".join(lines)
+    return ApiError(message, param=f"{first[0]}.{first[1]}" if is_field else "body", kind=HTTPStatus.BAD_REQUEST.phrase)
+
+
+def _shorten(value: object) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= MAX_SHOWN_INPUT else shown[:MAX_SHOWN_INPUT] + "..."
+
+
+def to_json(content: Any) -> bytes:
+    """Compact UTF-8. A lone surrogate, which JSON allows in a request and UTF-8 does not in an answer, becomes `?`."""
+    return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+
+
+def json_response(content: Any, status: int = 200) -> Response:
+    return Response(to_json(content), status_code=status, media_type="application/json")
+
+
+def error_response(error: BaseException) -> Response:
+    answer = to_api_error(error)
+    return json_response(answer.body(), answer.status)
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    """Every way out of a handler ends in the envelope."""
+
+    async def on_error(request: Request, error: Exception) -> Response:
+        return error_response(error)
+
+    async def on_bad_body(request: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError), "registered for this class only"
+        return error_response(describe_body_errors(error))
+
+    async def on_http_error(request: Request, error: Exception) -> Response:
+        # FastAPI's own class: it gave up on a body, for example on bytes that are no UTF-8. Starlette's class, for
+        # unknown paths and methods, is another one and keeps its {"detail": ...}.
+        assert isinstance(error, HTTPException), "registered for this class only"
+        return error_response(ApiError(str(error.detail), status=error.status_code, param="body", kind="Bad Request"))
+
+    for kind in (ApiError, ValidationError, NotImplementedError, EngineDeadError, Exception):
+        app.add_exception_handler(kind, on_error)
+    app.add_exception_handler(RequestValidationError, on_bad_body)
+    app.add_exception_handler(HTTPException, on_http_error)

@@ -1,0 +1,110 @@
+"""One engine, the names it is served under, and the way in for requests.
+
+Owns what every route needs: the tokenizer's faces, the answer to "which model?", and admission, which is all or nothing. Once
+`admit` has returned, the requests of a body are queued and nothing that the user wrote can fail any more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import itertools
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from minivllm.request import RequestOutput
+from minivllm.sampling_params import SamplingParams
+from minivllm.serve.errors import ApiError
+from minivllm.serve.logprobs import TokenNames
+from minivllm.serve.prompts import Prompt, PromptReader
+from minivllm.version import __version__
+
+
+class Stream(Protocol):
+    """The outputs of one request of the engine; `close` aborts it unless it has ended."""
+
+    def __aiter__(self) -> AsyncIterator[RequestOutput]: ...
+
+    def close(self) -> None: ...
+
+
+class Engine(Protocol):
+    """What the server needs of `AsyncEngine`; the tests bring another one."""
+
+    @property
+    def engine(self) -> Any: ...
+
+    @property
+    def errored(self) -> bool: ...
+
+    async def add_request(self, prompt: Any, params: SamplingParams, request_id: str, *,
+                          cache_salt: str | None = None) -> Stream: ...
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """What the server is told, beside what the engine is told."""
+
+    served_model_names: tuple[str, ...] = ("minivllm-tiny",)
+    model_root: str = "minivllm-tiny"
+    api_keys: tuple[str, ...] = ()
+    ignore_unknown_fields: bool = False
+
+
+class Service:
+    """The engine as the routes see it."""
+
+    def __init__(self, engine: Engine, options: ServerOptions) -> None:
+        self.engine = engine
+        self.options = options
+        self.started = int(time.time())
+        core = engine.engine
+        self.max_model_len: int = core.config.max_model_len
+        self.defaults: dict[str, Any] = core.default_sampling_params
+        self.tokenizer = core.tokenizer
+        self.names = TokenNames(core.tokenizer)
+        self.reader = PromptReader(core.tokenizer, core.chat_template, self.max_model_len, core.model_config.vocab_size)
+        # Equal fingerprints mean equal settings: a seeded request repeats only under the same one.
+        self.fingerprint = f"minivllm-{__version__}-{hashlib.sha256(repr(core.config).encode()).hexdigest()[:8]}"
+        self._numbers = itertools.count()
+        self.is_draining = False
+        self.stopping = asyncio.Event()
+
+    @property
+    def model_name(self) -> str:
+        """The name in every answer: the first one, whichever was asked for (as in vLLM)."""
+        return self.options.served_model_names[0]
+
+    def check_model(self, name: str | None) -> None:
+        """A model left out, null or "" is the served one. Raises `ApiError` (404) for a name that is not served."""
+        if name and name not in self.options.served_model_names:
+            names = ", ".join(self.options.served_model_names)
+            raise ApiError(f"The model `{name[:200]}` does not exist. Valid aliases: {names}.", status=404, param="model")
+
+    def check_admission(self) -> None:
+        if self.is_draining:
+            raise ApiError("The server is shutting down.", status=503)
+
+    async def admit(self, prompts: Sequence[Prompt], params: SamplingParams, response_id: str,
+                    cache_salt: str | None) -> list[Stream]:
+        """Queue one request per prompt, all or none. Raises `ValidationError` or `EngineDeadError`."""
+        # Numbered, because two clients may send the same X-Request-Id and the engine's ids must differ.
+        entering = [
+            asyncio.ensure_future(self.engine.add_request(prompt.token_ids, params, f"{response_id}-{next(self._numbers)}",
+                                                          cache_salt=cache_salt))
+            for prompt in prompts
+        ]
+        try:
+            return list(await asyncio.gather(*entering))
+        except BaseException:
+            for task in entering:
+                task.cancel()
+            for admitted in await asyncio.gather(*entering, return_exceptions=True):
+                if not isinstance(admitted, BaseException):
+                    admitted.close()
+            raise
+
+    def close(self) -> None:
+        self.reader.close()

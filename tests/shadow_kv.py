@@ -1,0 +1,368 @@
+"""The shadow KV: scheduler and KV manager played against a dictionary instead of a model, and nothing may ever be misread.
+
+Writing position p of a sequence stores `kv[slot] = name of tokens[:p + 1]`. "Attention" for a query then reads every earlier
+position through the block table and must find exactly those names. Sampling is a function of the tokens alone, so what a
+request must answer is known without any engine. All sizes are tiny and the alphabet has two or three letters: prefixes
+collide, blocks run out and steps fail in nearly every workload.
+
+    workload = World(block_size=2, num_blocks=4, ...), [("add", [0, 1, 1], 3, ...), ("step", None), ("abort", 0), ...]
+    play(*workload)          # AssertionError with a sentence if anything is wrong
+
+The runner here sees only `SchedulerOutput`, as the real one does, so the differences it carries are under test as well.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from hypothesis import strategies as st
+
+from minivllm.config import EngineConfig
+from minivllm.exceptions import ValidationError
+from minivllm.kv_cache import KVCacheManager
+from minivllm.request import Request, RequestStatus
+from minivllm.sampling_params import SamplingParams
+from minivllm.scheduler import Scheduler
+from minivllm.scheduler_output import ModelOutput, SchedulerOutput
+
+EOS = 0
+FAILURES = ("before the rows", "after the rows", "halfway through the writes", "after the writes")
+GARBAGE = -1
+
+
+@dataclass(frozen=True)
+class World:
+    """All sizes of one workload. `plans_ahead`: step N+1 is scheduled before the results of step N are in."""
+
+    block_size: int = 2
+    num_blocks: int = 6
+    max_num_seqs: int = 4
+    max_num_batched_tokens: int = 8
+    max_model_len: int = 16
+    threshold: int = 0
+    chunked: bool = True
+    caching: bool = True
+    letters: int = 2
+    plans_ahead: bool = False
+
+    def make_scheduler(self) -> Scheduler:
+        budget = self.max_num_batched_tokens if self.chunked else max(self.max_num_batched_tokens, self.max_model_len)
+        config = EngineConfig(
+            block_size=self.block_size, num_blocks=self.num_blocks, max_num_seqs=self.max_num_seqs, max_num_batched_tokens=budget,
+            max_model_len=self.max_model_len, enable_prefix_caching=self.caching, enable_chunked_prefill=self.chunked,
+            long_prefill_token_threshold=self.threshold if self.chunked else 0)
+        manager = KVCacheManager(self.num_blocks, self.block_size, self.caching, self.max_model_len)
+        return Scheduler(config, manager, clock=lambda: 0.0)
+
+
+def name_prefixes(token_ids: list[int], salt: int) -> list[int]:
+    """One number for every prefix. A salt goes in too: whoever reads KV of another salt finds another name."""
+    names, name = [], salt + 1
+    for token_id in token_ids:
+        name = (name * 1_000_003 + token_id + 7) % (2**61 - 1)
+        names.append(name)
+    return names
+
+
+def next_token(prefix_name: int, letters: int) -> int:
+    return (prefix_name >> 13) % letters
+
+
+def expected_tokens(prompt: list[int], salt: int, max_tokens: int, stops_at_eos: bool, world: World) -> list[int]:
+    """What a request must answer, whatever happens around it."""
+    tokens = list(prompt)
+    while len(tokens) < min(len(prompt) + max_tokens, world.max_model_len):
+        tokens.append(next_token(name_prefixes(tokens, salt)[-1], world.letters))
+        if stops_at_eos and tokens[-1] == EOS:
+            break
+    return tokens[len(prompt):]
+
+
+class StepFailed(Exception):
+    """What an injected failure raises."""
+
+
+@dataclass
+class Row:
+    """What the runner keeps of a resident request."""
+
+    token_ids: list[int]
+    table: list[int]
+    num_computed: int
+    salt: int
+
+
+class ShadowRunner:
+    """A model runner whose KV cache is a dictionary from slot to the name of the prefix that was written there."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.kv: dict[int, int] = {}
+        self.rows: dict[str, Row] = {}
+        self.salts: dict[str, int] = {}  # the one thing a row needs that a step does not say
+        self.num_positions = 0
+
+    def slot(self, row: Row, position: int) -> int:
+        size = self.world.block_size
+        return row.table[position // size] * size + position % size
+
+    def execute_model(self, output: SchedulerOutput, failure: str | None = None) -> ModelOutput:
+        if failure == FAILURES[0]:
+            raise StepFailed
+        self.update_rows(output)
+        if failure == FAILURES[1]:
+            raise StepFailed
+        self.write(output, failure)  # the whole batch writes before anybody reads, as in each layer of a model
+        if failure is not None:
+            raise StepFailed
+        sampled = {}
+        for request_id, num_tokens in output.num_scheduled_tokens.items():
+            row = self.rows[request_id]
+            row.num_computed += num_tokens
+            self.read(request_id, row)
+            if row.num_computed == len(row.token_ids):
+                token_id = next_token(name_prefixes(row.token_ids, row.salt)[-1], self.world.letters)
+                row.token_ids.append(token_id)
+                sampled[request_id] = [token_id]
+        self.num_positions += output.total_num_scheduled_tokens
+        return ModelOutput(sampled)
+
+    def update_rows(self, output: SchedulerOutput) -> None:
+        """Drop, add, lengthen, in this order. A block that is handed out is wiped, as the real runner zeroes it."""
+        for request_id in output.finished_request_ids + output.preempted_request_ids:
+            self.rows.pop(request_id, None)
+        for new in output.new_requests:
+            assert new.request_id not in self.rows, f"request {new.request_id} is new and the runner has a row of it"
+            self.rows[new.request_id] = Row(new.token_ids, new.block_ids, new.num_computed_tokens, self.salts[new.request_id])
+            self.wipe(new.block_ids[new.num_computed_tokens // self.world.block_size:])
+        for request_id, block_ids in output.new_block_ids.items():
+            self.rows[request_id].table += block_ids
+            self.wipe(block_ids)
+
+    def wipe(self, block_ids: list[int]) -> None:
+        for block_id in block_ids:
+            for offset in range(self.world.block_size):
+                self.kv.pop(block_id * self.world.block_size + offset, None)
+
+    def write(self, output: SchedulerOutput, failure: str | None) -> None:
+        for request_id, num_tokens in output.num_scheduled_tokens.items():
+            row = self.rows[request_id]
+            end = row.num_computed + num_tokens
+            assert end <= len(row.token_ids), (
+                f"request {request_id} is scheduled up to position {end} and has {len(row.token_ids)} tokens")
+            assert end <= len(row.table) * self.world.block_size, (
+                f"request {request_id} is scheduled up to position {end} and owns {len(row.table)} blocks")
+            names = name_prefixes(row.token_ids, row.salt)
+            for position in range(row.num_computed, end):
+                slot = self.slot(row, position)
+                assert slot >= self.world.block_size, f"request {request_id} writes position {position} to the null block"
+                if failure != FAILURES[2] or position % 2:
+                    self.kv[slot] = names[position] if failure != FAILURES[2] else GARBAGE
+
+    def read(self, request_id: str, row: Row) -> None:
+        names = name_prefixes(row.token_ids, row.salt)
+        for position in range(row.num_computed):
+            found = self.kv.get(self.slot(row, position))
+            assert found == names[position], (
+                f"request {request_id} reads position {position} of {row.num_computed} in block "
+                f"{row.table[position // self.world.block_size]} and finds "
+                + ("nothing" if found is None else "what a failed step left" if found == GARBAGE else "another sequence's KV"))
+
+
+@dataclass
+class ShadowEngine:
+    """`LLMEngine.step` over the shadow runner, with every promise of the scheduler checked on the way."""
+
+    world: World
+    asked: dict[str, tuple] = field(default_factory=dict)  # request id -> what `add` was given
+    accepted: dict[str, Request] = field(default_factory=dict)
+    aborted: set[str] = field(default_factory=set)
+    first_tokens: list[int] = field(default_factory=list)  # arrival numbers, in the order of first tokens
+    num_steps: int = 0
+    num_failures: int = 0
+
+    def __post_init__(self) -> None:
+        self.scheduler = self.world.make_scheduler()
+        self.manager = self.scheduler.kv_cache_manager
+        self.runner = ShadowRunner(self.world)
+        self.in_flight: SchedulerOutput | None = None
+
+    def add(self, prompt: list[int], max_tokens: int, salt: int = 0, wants_prompt_logprobs: bool = False,
+            stops_at_eos: bool = False) -> None:
+        request_id = str(len(self.asked))
+        self.asked[request_id] = (prompt, max_tokens, salt, wants_prompt_logprobs, stops_at_eos)
+        params = SamplingParams(max_tokens=max_tokens, ignore_eos=not stops_at_eos,
+                                prompt_logprobs=1 if wants_prompt_logprobs else None)
+        request = Request(request_id, prompt, params, eos_token_ids=[EOS], cache_salt=str(salt) if salt else None)
+        num_positions = min(len(prompt) + max_tokens, self.world.max_model_len) - 1
+        fits = len(prompt) < self.world.max_model_len and num_positions <= (self.world.num_blocks - 1) * self.world.block_size
+        try:
+            self.scheduler.add_request(request)
+        except ValidationError:
+            assert not fits, f"request {request_id} needs {num_positions} positions, which the pool has, and is refused"
+            return
+        assert fits, f"request {request_id} needs {num_positions} positions, which the pool does not have, and is accepted"
+        self.accepted[request_id] = request
+        self.runner.salts[request_id] = salt
+
+    def abort(self, index: int) -> None:
+        """Abort one of all requests ever asked for, in whatever state it is, and one that nobody knows."""
+        request_id = str(index % (len(self.asked) + 1))
+        request = self.accepted.get(request_id)
+        if request is not None and not request.is_finished:
+            self.aborted.add(request_id)
+        self.scheduler.finish_requests([request_id], RequestStatus.FINISHED_ABORTED)
+        self.check()
+
+    def reset(self) -> None:
+        done = self.manager.reset_prefix_cache()
+        assert done == (not self.scheduler.running), f"reset says {done} while {len(self.scheduler.running)} requests hold blocks"
+        self.check()
+
+    def step(self, failure: str | None = None) -> None:
+        """Schedule, run, update; or, planning ahead, schedule this step, then run and update the one before it."""
+        planned = self.schedule()
+        if self.world.plans_ahead:
+            planned, self.in_flight = self.in_flight, planned
+        if planned is not None:
+            self.execute(planned, failure)
+        self.check()
+
+    def execute(self, planned: SchedulerOutput, failure: str | None) -> None:
+        try:
+            model_output = self.runner.execute_model(planned, failure)
+        except StepFailed:
+            self.num_failures += 1
+            for output in filter(None, (self.in_flight, planned)):
+                self.scheduler.rollback(output)
+            self.in_flight = None
+            return
+        for request in self.scheduler.update_from_output(planned, model_output):
+            if request.num_output_tokens == 1:
+                self.first_tokens.append(int(request.request_id))
+        if not self.world.plans_ahead:
+            ended = {request_id for request_id in self.runner.rows if request_id not in self.scheduler.requests}
+            running = {request.request_id for request in self.scheduler.running}
+            assert self.runner.rows.keys() - ended == running, (
+                f"the runner has rows of {sorted(self.runner.rows)} and running are {sorted(running)}")
+
+    def schedule(self) -> SchedulerOutput:
+        waiting = [request.request_id for request in self.scheduler.waiting]
+        num_preemptions = self.scheduler.stats.num_preemptions
+        output = self.scheduler.schedule()
+        self.num_steps += 1
+        did_preempt = self.scheduler.stats.num_preemptions > num_preemptions
+        self.check_amounts(output)
+        self.check_order(output, waiting, did_preempt)
+        if not did_preempt:
+            self.check_no_idling(output)
+        return output
+
+    def check_amounts(self, output: SchedulerOutput) -> None:
+        """The step keeps to its budget, its cap and its seats, and moves something."""
+        counts, total, budget = output.num_scheduled_tokens, output.total_num_scheduled_tokens, self.scheduler.max_num_batched_tokens
+        assert total <= budget, f"step {self.num_steps} has {total} tokens and a budget of {budget}"
+        assert all(count > 0 for count in counts.values()), f"step {self.num_steps} has an empty query: {counts}"
+        assert counts or not self.scheduler.requests or self.in_flight, f"step {self.num_steps} moves nothing"
+        assert len(self.scheduler.running) <= self.world.max_num_seqs, (
+            f"{len(self.scheduler.running)} requests are resident and max_num_seqs is {self.world.max_num_seqs}")
+        if self.world.chunked and self.world.threshold and len(self.scheduler.requests) > 1:
+            assert max(counts.values(), default=0) <= self.world.threshold, f"{counts} goes over {self.world.threshold} for one request"
+        for new in output.new_requests:
+            num_hits, size = new.num_computed_tokens, self.world.block_size
+            assert num_hits % size == 0 and num_hits < len(new.token_ids), (
+                f"request {new.request_id} starts with {num_hits} of its {len(new.token_ids)} tokens computed")
+            assert num_hits == 0 or self.world.caching and not self.asked[new.request_id][3], (
+                f"request {new.request_id} must not read the cache and hits {num_hits} tokens")
+            assert self.world.chunked or counts[new.request_id] == len(new.token_ids) - num_hits, (
+                f"request {new.request_id} is cut into chunks although that is switched off")
+
+    def check_order(self, output: SchedulerOutput, waiting: list[str], did_preempt: bool) -> None:
+        """Nobody overtakes: admitted are the first of the queue, and nobody in a step that took memory away."""
+        admitted = [new.request_id for new in output.new_requests]
+        assert admitted == waiting[:len(admitted)], f"admitted were {admitted} and the queue was {waiting}"
+        assert not (admitted and did_preempt), f"step {self.num_steps} preempted and admitted {admitted}"
+        resident = [request.request_id for request in self.scheduler.running]
+        missing = [request_id for request_id in output.num_scheduled_tokens if request_id not in resident]
+        assert not missing, f"requests {missing} were scheduled and preempted in one step"
+
+    def check_no_idling(self, output: SchedulerOutput) -> None:
+        """Who gets nothing has a reason: the budget is spent, or there is no seat or no room."""
+        left = self.scheduler.max_num_batched_tokens - output.total_num_scheduled_tokens
+        idle = [request.request_id for request in self.scheduler.running
+                if request.request_id not in output.num_scheduled_tokens and request.num_computed_tokens < request.num_tokens]
+        assert left == 0 or not idle, f"requests {idle} run and get nothing while {left} tokens of the budget are left"
+        if left and self.scheduler.waiting and len(self.scheduler.running) < self.world.max_num_seqs:
+            head = self.scheduler.waiting.peek()
+            num_blocks, num_free = -(-head.num_tokens // self.world.block_size), self.manager.num_free_blocks
+            assert num_blocks > num_free or not self.world.chunked and head.num_tokens > left, (
+                f"request {head.request_id} needs {num_blocks} blocks of {num_free} free and is not admitted")
+
+    def check(self) -> None:
+        """What holds between any two steps: blocks and requests are conserved, and the inequalities of every status."""
+        self.manager.check()
+        scheduler = self.scheduler
+        queued = [request.request_id for request in (*scheduler.waiting, *scheduler.running)]
+        unfinished = sorted(request_id for request_id, request in self.accepted.items() if not request.is_finished)
+        assert sorted(queued) == unfinished == sorted(scheduler.requests), f"queued are {queued} and unfinished {unfinished}"
+        for request in scheduler.waiting:
+            assert request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED) and request.num_computed_tokens == 0, repr(request)
+        running = {request.request_id for request in scheduler.running}
+        assert self.manager.block_tables.keys() == running, f"blocks belong to {set(self.manager.block_tables)}, running are {running}"
+        for request in scheduler.running:
+            num_slots = len(self.manager.get_block_ids(request.request_id)) * self.world.block_size
+            assert request.status is RequestStatus.RUNNING and request.num_computed_tokens <= num_slots, (
+                f"{request!r} owns {num_slots} slots")
+            assert self.in_flight or request.num_computed_tokens < request.num_tokens, f"{request!r} runs and has nothing to do"
+
+    def run_to_the_end(self) -> None:
+        """Whoever is oldest moves in every step, so the work of all, once more for each failure, bounds the steps."""
+        work = sum(len(prompt) + max_tokens for prompt, max_tokens, *_ in self.asked.values())
+        bound = self.num_steps + (work + 2) * (self.num_failures + 1) * (2 if self.world.plans_ahead else 1)
+        while self.scheduler.has_unfinished_requests():
+            assert self.num_steps < bound, f"{len(self.scheduler.requests)} requests are unfinished after {self.num_steps} steps"
+            self.step()
+        self.check_end()
+
+    def check_end(self) -> None:
+        """Everybody has got exactly what it had to get, in order of arrival, and every block is back."""
+        for request_id, request in self.accepted.items():
+            prompt, max_tokens, salt, _, stops_at_eos = self.asked[request_id]
+            expected = expected_tokens(prompt, salt, max_tokens, stops_at_eos, self.world)
+            got = request.output_token_ids
+            is_right = got == expected[:len(got)] if request_id in self.aborted else got == expected
+            assert is_right, f"request {request_id} answered {got}, and alone it answers {expected}"
+        assert self.manager.num_free_blocks == self.world.num_blocks - 1, f"{self.manager.num_free_blocks} blocks came back"
+        assert self.manager.usage == 0
+        if not self.num_failures and not (self.world.chunked and self.world.threshold) and not self.world.plans_ahead:
+            assert self.first_tokens == sorted(self.first_tokens), f"first tokens came in the order {self.first_tokens}"
+            assert self.scheduler.stats.num_scheduled_tokens == self.runner.num_positions, "positions are miscounted"
+
+
+def play(world: World, ops: list[tuple]) -> ShadowEngine:
+    """Run one workload, then everything to its end. Raises AssertionError with a sentence if a promise is broken."""
+    engine = ShadowEngine(world)
+    for op, *arguments in ops:
+        getattr(engine, op)(*arguments)
+    engine.run_to_the_end()
+    return engine
+
+
+@st.composite
+def workloads(draw) -> tuple[World, list[tuple]]:
+    """A small world and a list of plain operations in it, so that a shrunk failure can be read and typed in again."""
+    block_size = draw(st.sampled_from([1, 2, 3, 4]))
+    world = World(
+        block_size=block_size, num_blocks=draw(st.integers(3, 13)), max_num_seqs=draw(st.integers(1, 5)),
+        max_num_batched_tokens=draw(st.integers(1, 12)), max_model_len=draw(st.integers(4, 20)), threshold=draw(st.integers(0, 4)),
+        chunked=draw(st.booleans()), caching=draw(st.sampled_from([True, True, False])), letters=draw(st.integers(2, 3)),
+        plans_ahead=draw(st.sampled_from([False, False, True])))
+    letter = st.integers(0, world.letters - 1)
+    longest = min(world.max_model_len, (world.num_blocks - 1) * block_size)  # beyond it a request is refused: a few are
+    add = st.tuples(st.just("add"), st.lists(letter, min_size=1, max_size=longest), st.integers(1, 8),
+                    st.sampled_from([0, 0, 0, 1]), st.sampled_from([False, False, False, True]), st.booleans())
+    step = st.tuples(st.just("step"), st.none())
+    fail = st.tuples(st.just("step"), st.sampled_from(FAILURES))
+    abort = st.tuples(st.just("abort"), st.integers(0, 7))
+    op = st.one_of(add, add, add, step, step, step, fail, abort, st.just(("reset",)))
+    return world, draw(st.lists(op, min_size=1, max_size=24))

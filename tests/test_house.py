@@ -1,0 +1,61 @@
+"""The house rules that can be measured: walls between modules, sizes, and where a name may be imported."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "minivllm"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+TORCH_FREE = ["block_pool", "kv_cache", "request", "sampling_params", "scheduler", "scheduler_output", "config", "exceptions"]
+MAX_MODULE_LINES, MAX_FUNCTION_LINES = 300, 30
+NOT_ENGINE = ("serve", "bench", "tiny", "learn", "exercises", "viz", "trace")
+
+
+@pytest.mark.parametrize("name", ["minivllm", *(f"minivllm.{module}" for module in TORCH_FREE)])
+def test_these_modules_import_no_torch(name):
+    """The scheduler and everything below it can be read, tested and blanked without torch."""
+    code = f"import sys, {name}; sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, timeout=60)
+    assert done.returncode == 0, f"importing {name} imports torch"
+
+
+@pytest.mark.parametrize("module", ["model", "attention", "dense_cache", "sampler"])
+def test_tensor_modules_know_no_request(module):
+    """What computes sees tensors: it imports neither requests nor the scheduler nor the KV manager."""
+    tree = ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))
+    imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    forbidden = {f"minivllm.{name}" for name in ("scheduler", "scheduler_output", "kv_cache", "block_pool", "engine", "input_batch")}
+    assert not imported & forbidden, f"{module}.py imports {imported & forbidden}"
+
+
+def test_no_module_is_longer_than_a_sitting():
+    """A module holds one idea, in at most 300 lines."""
+    long = {str(path.relative_to(PACKAGE)): lines for path in MODULES if (lines := len(path.read_text(encoding="utf-8").splitlines()))
+            > MAX_MODULE_LINES}
+    assert not long, f"modules over {MAX_MODULE_LINES} lines: {long}"
+
+
+def test_no_function_is_longer_than_a_screen():
+    """A function is at most 30 lines long, its docstring not counted."""
+    long = {}
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                has_docstring = ast.get_docstring(node) is not None
+                body = node.body[1:] if has_docstring else node.body
+                lines = (node.end_lineno - body[0].lineno + 1) if body else 0
+                if lines > MAX_FUNCTION_LINES:
+                    long[f"{path.relative_to(PACKAGE)}:{node.name}"] = lines
+    assert not long, f"functions over {MAX_FUNCTION_LINES} lines: {long}"
+
+
+def test_the_engine_can_be_read_in_an_afternoon():
+    """The engine, without server, training program and course, keeps to its line budget."""
+    engine = [path for path in MODULES if path.relative_to(PACKAGE).parts[0].removesuffix(".py") not in NOT_ENGINE]
+    lines = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in engine)
+    assert lines <= 4300, f"the engine has {lines} lines in {len(engine)} modules"
