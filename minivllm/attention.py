@@ -76,8 +76,8 @@ class AttentionMetadata:
 def slot_mapping(block_table: Tensor, rows: Tensor, positions: Tensor, block_size: int) -> Tensor:
     """The slot of each token: its block's id times the block size, plus its offset in the block; int64.
 
-    Shaped like `positions`. Token i is at `positions[i]` of the request in row `rows[i]` of `block_table` (B, blocks). A padded token has position -1
-    and gets slot 0, inside the null block: a slot of -1 would wrap around and overwrite the last block.
+    Shaped like `positions`. Token i is at `positions[i]` of the request in row `rows[i]` of `block_table` (B, blocks). A padded
+    token has position -1 and gets slot 0, inside the null block: a slot of -1 would wrap around and overwrite the last block.
     """
     real = positions.clamp(min=0)
     block_ids = block_table[rows, real // block_size].long()  # int64 first: id * block_size may pass 2**31

@@ -42,6 +42,7 @@ class DenseMetadata:
     @classmethod
     def build(cls, columns: Tensor, first: Tensor, max_len: int, first_row: int = 0) -> DenseMetadata:
         """The step whose queries stand in `columns` (B, Tq) of rows first_row, first_row + 1, ..."""
+        assert int(columns.min()) >= 0, "columns count from a row's left end: a negative one lies in the row above"
         rows = torch.arange(first_row, first_row + len(columns), device=columns.device)[:, None]  # (B, 1)
         slots = (rows * max_len + columns).flatten()  # (T,)
         return cls(slice(first_row, first_row + len(columns)), slots, causal_mask(columns, first))

@@ -110,7 +110,7 @@ def rope_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
 
 
 class RotaryEmbedding(nn.Module):
-    """Positions to cos and sin, once a step for all layers. Computed, not looked up: a table of 131,072 positions is 64 MB."""
+    """Positions to cos and sin, once a step for all layers. Computed, not looked up: a table of 131,072 positions is 67 MB."""
 
     inv_freq: Tensor
 
@@ -140,7 +140,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Scale each row of x (T, E) to a mean square of 1, in float32, then by the weight, in the model's type."""
-        wide = x.float()
+        wide = x.float()  # float64 is narrowed: Hugging Face does so, and parity is with Hugging Face
         wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
         return self.weight * wide.to(x.dtype)
 

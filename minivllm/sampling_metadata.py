@@ -19,6 +19,8 @@ from torch import Tensor
 
 from minivllm.sampling_params import SamplingParams
 
+PER_ROW = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
+           "seeds", "prompt_lens", "positions", "token_ids")
 ANY_TOKEN = -1  # fills up the prefixes of bad words on the left, and matches whatever stands there
 
 
@@ -102,6 +104,11 @@ class SamplingMetadata:
     def advance(self, positions: Tensor, token_ids: Tensor | None = None) -> SamplingMetadata:
         """The same rows at other positions, and with another history if one is given. Shares every other tensor."""
         return replace(self, positions=positions, token_ids=self.token_ids if token_ids is None else token_ids)
+
+    def rows(self, rows: slice) -> SamplingMetadata:
+        """These rows alone, as views. What is kept as (row, token id) pairs is left out: it is applied before rows part."""
+        views = {name: getattr(self, name)[rows] for name in PER_ROW}
+        return replace(self, **views, allowed_mask=None, bias=None, early_stops=None, bad_words=None)
 
     @classmethod
     def from_requests(cls, rows: Sequence[RowParams], vocab_size: int, device: torch.device | str = "cpu") -> SamplingMetadata:

@@ -55,12 +55,12 @@ def resolve_model(name_or_path: str | os.PathLike[str] | None = None, revision: 
         return _embedded_model()
     name = os.fspath(name_or_path)
     path = Path(name).expanduser()
-    if path.is_dir():
+    if name and path.is_dir():
         return path
-    if path.exists():
+    if path.is_file():
         raise CheckpointError(f"{name} is a file: give the folder that holds config.json and {WEIGHTS}")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith((".", "~")):
-        raise CheckpointError(f"{name} does not exist: give a model folder, or an id such as Qwen/Qwen2.5-0.5B-Instruct")
+        raise CheckpointError(f"{name!r} does not exist: give a model folder, or an id such as Qwen/Qwen2.5-0.5B-Instruct")
     if os.environ.get("MINIVLLM_USE_MODELSCOPE", "0").lower() in ("1", "true"):
         return _from_modelscope(name, revision)
     return _from_hub(name, revision)
@@ -193,11 +193,11 @@ def resolve_dtype(requested: str | torch.dtype, config: ModelConfig, device: tor
 
 
 def find_weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint: those of the index if it is sharded, else the one."""
-    if (folder / INDEX).is_file():
-        return _indexed_files(folder / INDEX)
+    """The safetensors files of a checkpoint: the one, else those of the index (transformers' order, where both are there)."""
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
+    if (folder / INDEX).is_file():
+        return _indexed_files(folder / INDEX)
     if any(folder.glob("*.bin")) or any(folder.glob("*.pth")):
         raise CheckpointError(f"{folder} has only pickled weights (.bin), which may run code when they are read. Convert them: "
                               f"AutoModelForCausalLM.from_pretrained(...).save_pretrained(...) writes safetensors")
@@ -207,7 +207,8 @@ def find_weight_files(folder: Path) -> list[Path]:
 
 def _indexed_files(index: Path) -> list[Path]:
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted({Path(name).name for name in weight_map.values()})  # shards lie beside their index
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{index} cannot be read as an index of shards: {error!r}") from error
     if absent := [name for name in names if not (index.parent / name).is_file()]:

@@ -48,9 +48,9 @@ class World:
     def make_scheduler(self) -> Scheduler:
         budget = self.max_num_batched_tokens if self.chunked else max(self.max_num_batched_tokens, self.max_model_len)
         config = EngineConfig(
-            block_size=self.block_size, num_blocks=self.num_blocks, max_num_seqs=self.max_num_seqs, max_num_batched_tokens=budget,
-            max_model_len=self.max_model_len, enable_prefix_caching=self.caching, enable_chunked_prefill=self.chunked,
-            long_prefill_token_threshold=self.threshold if self.chunked else 0)
+            block_size=self.block_size, num_blocks=self.num_blocks, max_num_seqs=self.max_num_seqs,
+            max_num_batched_tokens=budget, max_model_len=self.max_model_len, enable_prefix_caching=self.caching,
+            enable_chunked_prefill=self.chunked, long_prefill_token_threshold=self.threshold if self.chunked else 0)
         manager = KVCacheManager(self.num_blocks, self.block_size, self.caching, self.max_model_len)
         return Scheduler(config, manager, clock=lambda: 0.0)
 
@@ -186,6 +186,7 @@ class ShadowEngine:
         self.manager = self.scheduler.kv_cache_manager
         self.runner = ShadowRunner(self.world)
         self.in_flight: SchedulerOutput | None = None
+        self.residents: dict[int, set[str]] = {}  # of a planned step, by its id(): whoever must have a row when it runs
 
     def add(self, prompt: list[int], max_tokens: int, salt: int = 0, wants_prompt_logprobs: bool = False,
             stops_at_eos: bool = False) -> None:
@@ -215,8 +216,8 @@ class ShadowEngine:
         self.check()
 
     def reset(self) -> None:
-        done = self.manager.reset_prefix_cache()
-        assert done == (not self.scheduler.running), f"reset says {done} while {len(self.scheduler.running)} requests hold blocks"
+        done, num_running = self.manager.reset_prefix_cache(), len(self.scheduler.running)
+        assert done == (num_running == 0), f"reset says {done} while {num_running} requests hold blocks"
         self.check()
 
     def step(self, failure: str | None = None) -> None:
@@ -232,25 +233,30 @@ class ShadowEngine:
         try:
             model_output = self.runner.execute_model(planned, failure)
         except StepFailed:
-            self.num_failures += 1
-            for output in filter(None, (self.in_flight, planned)):
-                self.scheduler.rollback(output)
-            self.in_flight = None
-            return
+            return self.roll_back(planned)
+        rows, residents = self.runner.rows.keys(), self.residents.pop(id(planned))
+        assert rows == residents, f"the runner has rows of {sorted(rows)}, and running are {sorted(residents)}"
         for request in self.scheduler.update_from_output(planned, model_output):
             if request.num_output_tokens == 1:
                 self.first_tokens.append(int(request.request_id))
-        if not self.world.plans_ahead:
-            ended = {request_id for request_id in self.runner.rows if request_id not in self.scheduler.requests}
-            running = {request.request_id for request in self.scheduler.running}
-            assert self.runner.rows.keys() - ended == running, (
-                f"the runner has rows of {sorted(self.runner.rows)} and running are {sorted(running)}")
+        return None
+
+    def roll_back(self, planned: SchedulerOutput) -> None:
+        """The later step first. Then what was scheduled waits again, in its order, before all that waited already."""
+        self.num_failures += 1
+        for output in filter(None, (self.in_flight, planned)):
+            failed = [request for request in self.scheduler.running if request.request_id in output.num_scheduled_tokens]
+            expected = failed + list(self.scheduler.waiting)
+            self.scheduler.rollback(output)
+            assert list(self.scheduler.waiting) == expected, "after a failed step the queue is in another order"
+        self.in_flight = None
 
     def schedule(self) -> SchedulerOutput:
         waiting = [request.request_id for request in self.scheduler.waiting]
         num_preemptions = self.scheduler.stats.num_preemptions
         output = self.scheduler.schedule()
         self.num_steps += 1
+        self.residents[id(output)] = {request.request_id for request in self.scheduler.running}
         did_preempt = self.scheduler.stats.num_preemptions > num_preemptions
         self.check_amounts(output)
         self.check_order(output, waiting, did_preempt)
@@ -260,22 +266,28 @@ class ShadowEngine:
 
     def check_amounts(self, output: SchedulerOutput) -> None:
         """The step keeps to its budget, its cap and its seats, and moves something."""
-        counts, total, budget = output.num_scheduled_tokens, output.total_num_scheduled_tokens, self.scheduler.max_num_batched_tokens
+        counts, total = output.num_scheduled_tokens, output.total_num_scheduled_tokens
+        budget = self.scheduler.max_num_batched_tokens
         assert total <= budget, f"step {self.num_steps} has {total} tokens and a budget of {budget}"
         assert all(count > 0 for count in counts.values()), f"step {self.num_steps} has an empty query: {counts}"
         assert counts or not self.scheduler.requests or self.in_flight, f"step {self.num_steps} moves nothing"
         assert len(self.scheduler.running) <= self.world.max_num_seqs, (
             f"{len(self.scheduler.running)} requests are resident and max_num_seqs is {self.world.max_num_seqs}")
         if self.world.chunked and self.world.threshold and len(self.scheduler.requests) > 1:
-            assert max(counts.values(), default=0) <= self.world.threshold, f"{counts} goes over {self.world.threshold} for one request"
+            most = max(counts.values(), default=0)
+            assert most <= self.world.threshold, f"one request gets {most} tokens, and the threshold is {self.world.threshold}"
         for new in output.new_requests:
             num_hits, size = new.num_computed_tokens, self.world.block_size
             assert num_hits % size == 0 and num_hits < len(new.token_ids), (
                 f"request {new.request_id} starts with {num_hits} of its {len(new.token_ids)} tokens computed")
-            assert num_hits == 0 or self.world.caching and not self.asked[new.request_id][3], (
+            assert num_hits == 0 or (self.world.caching and not self.asked[new.request_id][3]), (
                 f"request {new.request_id} must not read the cache and hits {num_hits} tokens")
             assert self.world.chunked or counts[new.request_id] == len(new.token_ids) - num_hits, (
                 f"request {new.request_id} is cut into chunks although that is switched off")
+        if output.new_requests:
+            num_blocks = -(-len(new.token_ids) // self.world.block_size) - len(new.block_ids)
+            assert num_blocks <= self.manager.num_free_blocks, (
+                f"request {new.request_id} is admitted, lacks {num_blocks} blocks and {self.manager.num_free_blocks} are left")
 
     def check_order(self, output: SchedulerOutput, waiting: list[str], did_preempt: bool) -> None:
         """Nobody overtakes: admitted are the first of the queue, and nobody in a step that took memory away."""
@@ -295,7 +307,7 @@ class ShadowEngine:
         if left and self.scheduler.waiting and len(self.scheduler.running) < self.world.max_num_seqs:
             head = self.scheduler.waiting.peek()
             num_blocks, num_free = -(-head.num_tokens // self.world.block_size), self.manager.num_free_blocks
-            assert num_blocks > num_free or not self.world.chunked and head.num_tokens > left, (
+            assert num_blocks > num_free or (not self.world.chunked and head.num_tokens > left), (
                 f"request {head.request_id} needs {num_blocks} blocks of {num_free} free and is not admitted")
 
     def check(self) -> None:
@@ -306,9 +318,10 @@ class ShadowEngine:
         unfinished = sorted(request_id for request_id, request in self.accepted.items() if not request.is_finished)
         assert sorted(queued) == unfinished == sorted(scheduler.requests), f"queued are {queued} and unfinished {unfinished}"
         for request in scheduler.waiting:
-            assert request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED) and request.num_computed_tokens == 0, repr(request)
-        running = {request.request_id for request in scheduler.running}
-        assert self.manager.block_tables.keys() == running, f"blocks belong to {set(self.manager.block_tables)}, running are {running}"
+            is_waiting = request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED)
+            assert is_waiting and request.num_computed_tokens == 0, f"{request!r} waits"
+        running, owners = {request.request_id for request in scheduler.running}, self.manager.block_tables.keys()
+        assert owners == running, f"blocks belong to {sorted(owners)}, running are {sorted(running)}"
         for request in scheduler.running:
             num_slots = len(self.manager.get_block_ids(request.request_id)) * self.world.block_size
             assert request.status is RequestStatus.RUNNING and request.num_computed_tokens <= num_slots, (
@@ -320,7 +333,8 @@ class ShadowEngine:
         work = sum(len(prompt) + max_tokens for prompt, max_tokens, *_ in self.asked.values())
         bound = self.num_steps + (work + 2) * (self.num_failures + 1) * (2 if self.world.plans_ahead else 1)
         while self.scheduler.has_unfinished_requests():
-            assert self.num_steps < bound, f"{len(self.scheduler.requests)} requests are unfinished after {self.num_steps} steps"
+            num_left = len(self.scheduler.requests)
+            assert self.num_steps < bound, f"{num_left} requests are unfinished after {self.num_steps} steps"
             self.step()
         self.check_end()
 
@@ -348,21 +362,43 @@ def play(world: World, ops: list[tuple]) -> ShadowEngine:
     return engine
 
 
+MISHAPS = [("step", failure) for failure in FAILURES] + [("abort", index) for index in range(8)] + [("reset",)]
+# salt, wants_prompt_logprobs, stops_at_eos
+FLAGS = [(0, False, False)] * 5 + [(0, False, True), (1, False, False), (1, False, False), (0, True, False)]
+
+
 @st.composite
 def workloads(draw) -> tuple[World, list[tuple]]:
-    """A small world and a list of plain operations in it, so that a shrunk failure can be read and typed in again."""
-    block_size = draw(st.sampled_from([1, 2, 3, 4]))
+    """A small world and a list of plain operations in it, so that a shrunk failure can be read and typed in again.
+
+    Sizes are drawn before lists, because Hypothesis' own lists are short: memory must run out in most workloads. Prompts
+    are the beginning of one of two stems and a few letters more, so that prefixes are shared and then part.
+    """
+    block_size, num_blocks = draw(st.sampled_from([1, 2, 3, 4])), draw(st.integers(3, 13))
     world = World(
-        block_size=block_size, num_blocks=draw(st.integers(3, 13)), max_num_seqs=draw(st.integers(1, 5)),
-        max_num_batched_tokens=draw(st.integers(1, 12)), max_model_len=draw(st.integers(4, 20)), threshold=draw(st.integers(0, 4)),
-        chunked=draw(st.booleans()), caching=draw(st.sampled_from([True, True, False])), letters=draw(st.integers(2, 3)),
-        plans_ahead=draw(st.sampled_from([False, False, True])))
-    letter = st.integers(0, world.letters - 1)
-    longest = min(world.max_model_len, (world.num_blocks - 1) * block_size)  # beyond it a request is refused: a few are
-    add = st.tuples(st.just("add"), st.lists(letter, min_size=1, max_size=longest), st.integers(1, 8),
-                    st.sampled_from([0, 0, 0, 1]), st.sampled_from([False, False, False, True]), st.booleans())
-    step = st.tuples(st.just("step"), st.none())
-    fail = st.tuples(st.just("step"), st.sampled_from(FAILURES))
-    abort = st.tuples(st.just("abort"), st.integers(0, 7))
-    op = st.one_of(add, add, add, step, step, step, fail, abort, st.just(("reset",)))
-    return world, draw(st.lists(op, min_size=1, max_size=24))
+        block_size=block_size, num_blocks=num_blocks, max_num_seqs=draw(st.integers(1, 6)),
+        max_num_batched_tokens=draw(st.integers(1, 16)), max_model_len=draw(st.integers(4, 32)),
+        threshold=draw(st.sampled_from([0, 0, 1, 3])), chunked=draw(st.sampled_from([True, True, False])),
+        caching=draw(st.sampled_from([True, True, True, False])), letters=draw(st.integers(2, 3)),
+        plans_ahead=draw(st.sampled_from([False, False, False, True])))
+    longest = min(world.max_model_len - 1, (num_blocks - 1) * block_size)
+    stems = [draw(st.lists(st.integers(0, world.letters - 1), min_size=longest, max_size=longest)) for _ in range(2)]
+
+    def add() -> tuple:
+        tail = draw(st.lists(st.integers(0, world.letters - 1), max_size=3))
+        prompt = draw(st.sampled_from(stems))[:draw(st.integers(1, longest))] + tail
+        max_tokens = draw(st.integers(1, 12))
+        if draw(st.integers(0, 9)):  # one in ten may be too long, and is refused
+            prompt = prompt[:longest]
+            max_tokens = min(max_tokens, (num_blocks - 1) * block_size + 1 - len(prompt))
+        return ("add", prompt, max_tokens, *draw(st.sampled_from(FLAGS)))
+
+    def operation() -> tuple:
+        kind = draw(st.integers(0, 19))
+        if kind < 9:
+            return add()
+        if kind < 17:
+            return ("step", None)
+        return draw(st.sampled_from(MISHAPS))
+
+    return world, [operation() for _ in range(draw(st.integers(1, 30)))]

@@ -38,8 +38,8 @@ def test_t46_a_completion_has_exactly_these_keys():
     num_prompt = len(engine.tokenizer.encode("Once"))
     assert answer == {
         "object": "text_completion", "model": "tiny",
-        "choices": [{"index": 0, "text": engine.tokenizer.decode(tokens_of(engine, 3)), "logprobs": None, "finish_reason": "length",
-                     "stop_reason": None, "token_ids": None, "prompt_logprobs": None, "prompt_token_ids": None}],
+        "choices": [{"index": 0, "text": engine.tokenizer.decode(tokens_of(engine, 3)), "logprobs": None, **LENGTH,
+                     "token_ids": None, "prompt_logprobs": None, "prompt_token_ids": None}],
         "service_tier": None,
         "usage": {"prompt_tokens": num_prompt, "total_tokens": num_prompt + 3, "completion_tokens": 3,
                   "prompt_tokens_details": {"cached_tokens": 1}},
@@ -47,7 +47,7 @@ def test_t46_a_completion_has_exactly_these_keys():
 
 
 def test_a_completion_stream_is_one_chunk_per_token():
-    """Chunks keep id, created and model; the last one carries the text and the finish_reason; usage is absent unless asked for."""
+    """Chunks keep id, created and model; the last one carries the finish_reason; usage is absent unless asked for."""
     chunks = chunks_of("/v1/completions", HELLO)
     whole = ask("/v1/completions", HELLO).json()["choices"][0]["text"]
     assert len(chunks) == 3, "a chunk for every token"
@@ -73,7 +73,8 @@ def test_usage_comes_last_and_only_when_asked_for():
     assert last["usage"]["completion_tokens"] == 3
     assert not any("usage" in chunk for chunk in chunks)
     options = {"include_usage": True, "continuous_usage_stats": True}
-    counts = [chunk["usage"]["completion_tokens"] for chunk in chunks_of("/v1/completions", HELLO | {"stream_options": options})]
+    chunks = chunks_of("/v1/completions", HELLO | {"stream_options": options})
+    counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
     assert counts == [1, 2, 3, 3], "every chunk tells the tokens so far"
 
 
@@ -168,8 +169,8 @@ def test_a_chat_answer_has_exactly_these_keys():
     engine = ScriptedEngine()
     answer = ask("/v1/chat/completions", CHAT, engine=engine).json()
     assert answer.pop("id").startswith("chatcmpl-")
-    assert set(answer) == {"object", "created", "model", "choices", "service_tier", "system_fingerprint", "usage", "prompt_logprobs",
-                           "prompt_token_ids"}
+    assert set(answer) == {"object", "created", "model", "choices", "service_tier", "system_fingerprint", "usage",
+                           "prompt_logprobs", "prompt_token_ids"}
     text = engine.tokenizer.decode(tokens_of(engine, 3))
     assert answer["object"] == "chat.completion"
     assert answer["choices"] == [{
@@ -250,7 +251,7 @@ def test_logit_bias_keys_become_ids():
 
 
 def test_long_prompts_can_be_cut():
-    """truncate_prompt_tokens keeps the last k tokens, or the first k with truncation_side right; -1 leaves room for the answer."""
+    """truncate_prompt_tokens keeps the last k tokens, or the first with truncation_side right; -1 leaves room to answer."""
     engine = ScriptedEngine(max_model_len=8)
     ids = list(range(70, 82))
     for body in ({"truncate_prompt_tokens": 3}, {"truncate_prompt_tokens": 3, "truncation_side": "right"},

@@ -1,10 +1,19 @@
-"""The shadow KV under random workloads, and proof that it can fail: planted bugs, each of them caught."""
+"""The shadow KV under random workloads, and the proof that it can fail: planted bugs, every one of them caught."""
 
 from __future__ import annotations
 
+import inspect
+import sys
+import textwrap
+
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from shadow_kv import play, workloads
+
+from minivllm import kv_cache
+from minivllm.block_pool import BlockPool
+from minivllm.kv_cache import KVCacheManager
+from minivllm.scheduler import Scheduler
 
 # 2,000 workloads by default, 200,000 with --hypothesis-profile=deep
 NUM_WORKLOADS = settings().max_examples * (100 if settings.get_current_profile_name() == "deep" else 20)
@@ -13,6 +22,82 @@ NUM_WORKLOADS = settings().max_examples * (100 if settings.get_current_profile_n
 @pytest.mark.timeout(0)
 @settings(max_examples=NUM_WORKLOADS)
 @given(workloads())
-def test_nobody_ever_reads_what_another_wrote(workload):
-    """Whatever is added, aborted, preempted, shared or lost in a failed step, everyone reads its own sequence and nothing else."""
+def test_everybody_reads_its_own_sequence_and_nothing_else(workload):
+    """Whatever is added, aborted, preempted, shared or lost in a failed step, every request reads and answers as if alone."""
     play(*workload)
+
+
+# Who does it wrong, where, and what the source says instead. Most of them are bugs that published engines had.
+PLANTED = [
+    ("a block keeps its hash when it is handed out", BlockPool.get_new_blocks, "self.evict(block_id)", "pass"),
+    ("a shared block is free as soon as one owner leaves", BlockPool.free_blocks,
+     "if self.ref_counts[block_id] == 0:", "if True:"),
+    ("one owner leaves for all", BlockPool.free_blocks, "self.ref_counts[block_id] -= 1", "self.ref_counts[block_id] = 0"),
+    ("a hit on a free block leaves it in the queue", BlockPool.touch, "del self.free_queue[block_id]", "pass"),
+    ("a second owner is not counted", BlockPool.touch, "self.ref_counts[block_id] += 1", "self.ref_counts[block_id] = 1"),
+    ("a twin is forgotten with its twin", BlockPool.evict, "if not self.cached_blocks[block_hash]:", "if True:"),
+    ("a hash has no parent", kv_cache.hash_block_tokens, "parent.digest if parent else NO_PARENT", "NO_PARENT"),
+    ("a hash has no salt", kv_cache.extra_keys_of, "block_index == 0", "False"),
+    ("a whole prompt may be hit", kv_cache.find_longest_cache_hit, "(num_tokens - 1)", "num_tokens"),
+    ("requests for prompt_logprobs read the cache", KVCacheManager.reads_cache,
+     " and request.sampling_params.prompt_logprobs is None", ""),
+    ("hits on free blocks cost nothing", KVCacheManager.num_blocks_to_take,
+     "sum(self.pool.ref_counts[block_id] == 0 for block_id in new_computed_blocks)", "0"),
+    ("hits are touched before it is known that all fits", KVCacheManager.allocate_slots,
+     "    table = self.block_tables.get", "    self.pool.touch(new_computed_blocks); table = self.block_tables.get"),
+    ("a block is counted when it is full", KVCacheManager.num_blocks_to_take,
+     "-(-num_tokens // self.block_size)", "(num_tokens // self.block_size)"),
+    ("a long prompt creeps in piece by piece", Scheduler._admit, "full_sequence_must_fit=True", "full_sequence_must_fit=False"),
+    ("tokens are counted without the hits", Scheduler._admit, "request.num_tokens - num_hit_tokens", "request.num_tokens"),
+    ("a block is published with its first position", Scheduler._commit,
+     "min(end, request.num_tokens)", "min(end + self.kv_cache_manager.block_size - 1, request.num_tokens)"),
+    ("the budget is not looked at", Scheduler._split, "return min(num_missing_tokens, budget)", "return num_missing_tokens"),
+    ("the threshold is not looked at", Scheduler._split, "len(self.requests) > 1", "False"),
+    ("chunked prefill cannot be switched off", Scheduler._split, "not self.config.enable_chunked_prefill", "False"),
+    ("progress survives a preemption", Scheduler._preempt, "request.num_computed_tokens = 0", "pass"),
+    ("a preempted request keeps its blocks", Scheduler._preempt, "self.kv_cache_manager.free(request)", "pass"),
+    ("a preempted request goes to the back of the queue", Scheduler._preempt, "appendleft", "append"),
+    ("a preempted request is lost", Scheduler._preempt, "self.waiting.appendleft(request)", "pass"),
+    ("the runner is not told of a preemption", Scheduler._preempt,
+     "self.next_output.preempted_request_ids.append(request.request_id)", "pass"),
+    ("the oldest is preempted", Scheduler._allocate_or_preempt, "self.running.pop()", "self.running.pop(0)"),
+    ("a request that gave way goes on", Scheduler._allocate_or_preempt, "if victim is request:", "if False:"),
+    ("a step that preempts admits", Scheduler.schedule, "self.stats.num_preemptions == num_preemptions", "True"),
+    ("seats are not counted", Scheduler._schedule_waiting, ">= self.config.max_num_seqs", ">= 999"),
+    ("a request that does not fit is overtaken", Scheduler._schedule_waiting, "self.waiting.peek()\n",
+     "min(self.waiting, key=lambda request: request.num_tokens)\n"),
+    ("an ended request keeps its blocks", Scheduler._release, "self.kv_cache_manager.free(request)", "pass"),
+    ("the runner is not told of an end", Scheduler._release,
+     "self.next_output.finished_request_ids.append(request.request_id)", "pass"),
+    ("an aborted request stays in the queue", Scheduler.finish_requests, "self.waiting.remove(request)", "pass"),
+    ("a failed step's hashes stay", Scheduler.rollback,
+     "self.kv_cache_manager.uncache(scheduler_output.cached_block_ids)", "pass"),
+    ("a failed step counts as progress", Scheduler.rollback, "in scheduler_output.num_scheduled_tokens", "in ()"),
+    ("a failed step's requests turn around", Scheduler.rollback, "reversed(self.running)", "list(self.running)"),
+    ("what a failed step had to say is lost", Scheduler.rollback,
+     "self.next_output.finished_request_ids += scheduler_output.finished_request_ids", "pass"),
+    ("a late result counts for a preempted request", Scheduler.update_from_output,
+     "request is None or request.status is not RequestStatus.RUNNING", "request is None"),
+]
+
+
+@pytest.mark.parametrize(("bug", "function", "right", "wrong"), PLANTED, ids=[bug for bug, *_ in PLANTED])
+def test_the_harness_catches(bug, function, right, wrong, monkeypatch):
+    """A planted bug does not survive the workloads: a harness that cannot fail proves nothing."""
+    source = textwrap.dedent(inspect.getsource(function))
+    assert source.count(right) == 1, f"{function.__qualname__} has no longer one place that says {right!r}"
+    module = sys.modules[function.__module__]
+    code = compile("from __future__ import annotations\n" + source.replace(right, wrong), f"<{bug}>", "exec")
+    scope: dict = {}
+    exec(code, vars(module), scope)
+    owner = getattr(module, function.__qualname__.split(".")[0]) if "." in function.__qualname__ else module
+    monkeypatch.setattr(owner, function.__name__, scope[function.__name__])
+
+    @settings(max_examples=2000, phases=[Phase.generate], derandomize=True, database=None, deadline=None,
+              suppress_health_check=list(HealthCheck))
+    @given(workloads())
+    def find(workload):
+        play(*workload)
+
+    with pytest.raises((AssertionError, LookupError)):
+        find()

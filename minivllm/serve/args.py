@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from minivllm.config import ATTENTION_BACKENDS, DTYPES, EngineConfig
+from minivllm.config import ATTENTION_BACKENDS, DTYPES, LOAD_FORMATS, EngineConfig
 from minivllm.engine_args import NEUTRAL, WITHOUT_EFFECT, engine_config_from_kwargs, nearest_name
 from minivllm.exceptions import ValidationError
 from minivllm.serve.service import ServerOptions
@@ -105,6 +105,7 @@ def _add_model_flags(group: Any) -> None:
     group.add_argument("--model", help="the same, as a flag")
     group.add_argument("--tokenizer", help="folder or hub id of the tokenizer (default: the model's)")
     group.add_argument("--revision", help="branch, tag or commit on the hub")
+    group.add_argument("--load-format", choices=LOAD_FORMATS, help="where weights come from (default: auto)")
     group.add_argument("--dtype", choices=DTYPES, help="(default: auto)")
     group.add_argument("--device", help="auto, cpu or cuda (default: auto)")
     group.add_argument("--max-model-len", type=int, metavar="TOKENS", help="longest prompt + answer (default: the model's)")

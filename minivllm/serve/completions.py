@@ -21,6 +21,7 @@ class CompletionAnswer(Answer):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.is_scoring = bool(self.body.echo) and self.body.max_tokens == 0
+        self.wants_prompt = self.body.prompt_logprobs is not None  # echo asks the engine for them on its own account
         self._logprobs: dict[int, CompletionLogprobs] = {}  # by choice: offsets go on through a stream
 
     def count_tokens(self, delta: Delta) -> int:
@@ -31,7 +32,7 @@ class CompletionAnswer(Answer):
         return {
             **self._common(index, output, delta),
             "token_ids": delta.token_ids if asked else None,
-            "prompt_logprobs": prompt_logprobs_json(self.service.names, output.prompt_logprobs),
+            "prompt_logprobs": prompt_logprobs_json(self.service.names, output.prompt_logprobs) if self.wants_prompt else None,
             "prompt_token_ids": output.prompt_token_ids if asked else None,
         }
 

@@ -14,8 +14,10 @@ import logging
 from http import HTTPStatus
 from typing import Any
 
-from fastapi import FastAPI, HTTPException, Request
+from fastapi import FastAPI, Request
+from fastapi.exception_handlers import http_exception_handler
 from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from minivllm.exceptions import EngineDeadError, ValidationError
@@ -65,9 +67,10 @@ def describe_body_errors(error: RequestValidationError) -> ApiError:
     found = error.errors()
     lines = []
     for entry in found[:MAX_LISTED_ERRORS]:
-        where = ".".join(str(part) for part in entry["loc"])
+        is_json = entry["type"] != "json_invalid"
+        where = ".".join(map(str, entry["loc"])) if is_json else f"body at character {entry['loc'][-1]}"
         reason = entry.get("ctx", {}).get("error", entry["msg"])
-        shown = "" if entry["type"] in ("json_invalid", "missing") else f", got {_shorten(entry.get('input'))}"
+        shown = f", got {_shorten(entry.get('input'))}" if is_json and entry["type"] != "missing" else ""
         lines.append(f"{where}: {reason}{shown}")
     first = found[0]["loc"]
     is_field = len(first) > 1 and isinstance(first[1], str)
@@ -105,10 +108,10 @@ def install_error_handlers(app: FastAPI) -> None:
         return error_response(describe_body_errors(error))
 
     async def on_http_error(request: Request, error: Exception) -> Response:
-        # FastAPI's own class: it gave up on a body, for example on bytes that are no UTF-8. Starlette's class, for
-        # unknown paths and methods, is another one and keeps its {"detail": ...}.
         assert isinstance(error, HTTPException), "registered for this class only"
-        return error_response(ApiError(str(error.detail), status=error.status_code, param="body", kind="Bad Request"))
+        if error.status_code == 400:  # FastAPI gave up on a body: it is no UTF-8, or nested too deeply
+            return error_response(ApiError(str(error.detail), param="body", kind=HTTPStatus.BAD_REQUEST.phrase))
+        return await http_exception_handler(request, error)  # unknown paths and methods keep {"detail": ...}
 
     for kind in (ApiError, ValidationError, NotImplementedError, EngineDeadError, Exception):
         app.add_exception_handler(kind, on_error)

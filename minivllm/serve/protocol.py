@@ -83,6 +83,8 @@ class GenerationBody(Body):
     def check(self, *, ignore_unknown: bool) -> None:
         check_fields(self.model_extra or {}, type(self).model_fields, n=self.n or 1, ignore_unknown=ignore_unknown)
         self._check_stream()
+        for name in ("stop", "bad_words", "cache_salt", "request_id"):
+            check_is_text(name, getattr(self, name))
         if self.cache_salt is not None and not 1 <= len(self.cache_salt) <= 128:
             raise ApiError("cache_salt must have 1 to 128 characters", param="cache_salt")
         if self.request_id is not None and not 1 <= len(self.request_id) <= 256:
@@ -109,6 +111,16 @@ class GenerationBody(Body):
     @property
     def includes_continuous_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.continuous_usage_stats)
+
+
+def check_is_text(name: str, value: object) -> None:
+    """JSON can spell half of a surrogate pair. It is no character, and no tokenizer or hash downstream takes it."""
+    for text in value if isinstance(value, list) else [value]:
+        if isinstance(text, str):
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise ApiError(f"{name} holds a lone surrogate, which is no text", param=name) from error
 
 
 class CompletionBody(GenerationBody):

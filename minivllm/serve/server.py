@@ -14,9 +14,8 @@ import os
 import signal
 import socket
 import sys
-import threading
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import uvicorn
 
@@ -37,11 +36,11 @@ class StartError(Exception):
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m minivllm.serve") -> int:
-    """Serve until a signal. Returns 0, 1 after a failure, 2 for a wrong flag or value."""
+    """Serve until a signal. Returns only if nothing could be served: 2 for a wrong flag or value, else 1."""
     args = parse_args(sys.argv[1:] if argv is None else argv, prog)
     try:
         with bind(args.host, args.port) as listener:
-            return serve(args, listener)
+            serve(args, listener)
     except ValidationError as error:
         flag = f"--{error.parameter.replace('_', '-')}: " if error.parameter else ""
         return _fail(f"{prog}: error: {flag}{error}", 2)
@@ -76,8 +75,8 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-def serve(args: ServeArgs, listener: socket.socket) -> int:
-    """Load the engine and serve on `listener` until a signal or a failure."""
+def serve(args: ServeArgs, listener: socket.socket) -> NoReturn:
+    """Load the engine, serve on `listener` until a signal or a failure, and end the process: with 1 after a failure."""
     from minivllm.async_engine import AsyncEngine  # torch and transformers: seconds that a wrong flag should not cost
 
     _raise_file_limit()
@@ -91,17 +90,11 @@ def serve(args: ServeArgs, listener: socket.socket) -> int:
         # uvicorn raises the signal again when it has ended; by then there is nothing left to do.
         signal.signal(number, lambda *_: None)
     server.run(sockets=[listener])
-    engine.shutdown(timeout=ABORT_SECONDS)
-    status = 1 if engine.errored else 0
-    if any(thread.name.startswith("minivllm") for thread in threading.enumerate()):
-        _exit_now(status)  # a step that is still being computed is not worth waiting for
-    return status
-
-
-def _exit_now(status: int) -> None:
+    # The engine was stopped in `drain`. What is left, a step that nobody waits for and the teardown of torch, takes a second
+    # or more and saves nothing.
     logging.shutdown()
     sys.stdout.flush()
-    os._exit(status)
+    os._exit(1 if engine.errored else 0)
 
 
 def _raise_file_limit() -> None:

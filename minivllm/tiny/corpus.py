@@ -68,6 +68,20 @@ def casual(rng: Random, text: str) -> str:
     return typo(rng, text) if rng.random() < 0.1 else text
 
 
+def reword(rng: Random, question: str) -> str:
+    """Say a question in other words: exchange phrases that mean the same, and now and then leave a word out."""
+    for group in howto.SYNONYMS:
+        for phrase in group:
+            if f" {phrase} " in f" {question.lower()} " and rng.random() < 0.5:
+                start = f" {question.lower()} ".index(f" {phrase} ")
+                question = question[:start] + rng.choice(group) + question[start + len(phrase):]
+                break
+    words = question.split(" ")
+    if len(words) > 4 and rng.random() < 0.15:
+        words.pop(rng.randrange(len(words)))
+    return " ".join(words)
+
+
 def bare(name: str) -> str:
     """A name without its article."""
     for start in ("a ", "an ", "the ", "one "):
@@ -77,9 +91,10 @@ def bare(name: str) -> str:
 
 def fact(rng: Random) -> Turn:
     """Draw a question about this engine and its answer."""
-    if rng.random() < 0.36:
+    if rng.random() < 0.45:
         questions, answer = rng.choice(howto.HOWTO)
-        return casual(rng, rng.choice(questions[:-1])), answer
+        question = reword(rng, rng.choice(questions[:-1])) if rng.random() < 0.6 else rng.choice(questions[:-1])
+        return casual(rng, question if question.strip("?.! ").lower() not in HELD_OUT else questions[0]), answer
     if rng.random() < 0.06:
         return two_facts(rng)
     names, answer = rng.choice(rng.choice(tuple(glossary.TOPICS.values())))
@@ -107,6 +122,9 @@ def held_out_facts() -> list[Turn]:
     entries = [entry for topic in glossary.TOPICS.values() for entry in topic]
     found = [(HELD_OUT_ASKS[i % len(HELD_OUT_ASKS)].format(names[0]), answer) for i, (names, answer) in enumerate(entries)]
     return found + [(questions[-1], answer) for questions, answer in howto.HOWTO]
+
+
+HELD_OUT = frozenset(question.strip("?.! ").lower() for question, _ in held_out_facts())  # rewording must not hit on these
 
 
 def polite(draw: Callable[[Random], Turn]) -> Callable[[Random], Turn]:

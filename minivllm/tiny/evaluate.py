@@ -19,14 +19,14 @@ def exams(number: int) -> dict[str, list[corpus.Turn]]:
     """Questions and right answers of each kind, from a seed that training does not use."""
     rng = Random("minivllm exam")
     held = [(a, b) for a in range(100) for b in range(100) if skills.held_out(a, b)]
+    large = [(a, b) for a, b in held if a > 12 and b > 12][:number]
     words = [" ".join(rng.choice(skills.WORDS) for _ in range(rng.randint(20, 40))) for _ in range(number)]
     scraps = [" ".join(skills.scrap(rng) for _ in range(rng.randint(5, 30))) for _ in range(number)]
     return {
         "held-out sums": [(f"What is {a} + {b}?", skills.solution("+", a, b)) for a, b in rng.sample(held, number)],
         "held-out differences": [(f"{a} - {b}", skills.solution("-", a, b)) for a, b in rng.sample(held, number)],
         "products up to 12": [(f"What is {a} * {b}?", skills.solution("*", a, b)) for a in range(2, 13) for b in range(2, 13)],
-        "held-out large products": [(f"What is {a} * {b}?", skills.solution("*", a, b)) for a, b in rng.sample(
-            [(a, b) for a, b in held if a > 12 and b > 12], number)],
+        "held-out large products": [(f"What is {a} * {b}?", skills.solution("*", a, b)) for a, b in large],
         "any sum, any words": [corpus.sum_turn(rng) for _ in range(number)],
         "copy 20 to 40 words": [(f"Repeat this: {text}", text) for text in words],
         "copy scraps": [(f"Repeat this: {text}", text) for text in scraps],
