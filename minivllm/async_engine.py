@@ -116,7 +116,8 @@ class AsyncEngine:
 
     # On the event loop ------------------------------------------------------------------------------------------------------
 
-    async def add_request(self, prompt: Any, params: SamplingParams, request_id: str, *, cache_salt: str | None = None) -> RequestStream:
+    async def add_request(self, prompt: Any, params: SamplingParams, request_id: str, *,
+                          cache_salt: str | None = None) -> RequestStream:
         """Tokenise, check and queue one request; returns the stream of its outputs.
 
         Raises `ValidationError` before anything is streamed, and `EngineDeadError` when the engine has ended.

@@ -18,7 +18,8 @@ def render_chat(tokenizer: Any | None, messages: Sequence[Any], *, chat_template
                 continue_final_message: bool = False) -> list[int]:
     """Token ids of a conversation. Raises `ValidationError` that names the message, the template or the tokenizer at fault."""
     if tokenizer is None:
-        raise ValidationError("chat needs a tokenizer, and this engine was started with skip_tokenizer_init=True", parameter="messages")
+        raise ValidationError("chat needs a tokenizer, and this engine was started with skip_tokenizer_init=True",
+                              parameter="messages")
     if chat_template is None and not getattr(tokenizer, "chat_template", None):
         raise ValidationError("this checkpoint has no chat template: pass one (--chat-template FILE, or chat_template=...), or use "
                               "completions with a prompt of your own", parameter="chat_template")

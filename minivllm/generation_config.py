@@ -55,8 +55,8 @@ def read_generation_config(folder: Path, choice: str, tokenizer: Any | None) -> 
     if choice != "auto":
         source = _read_json(Path(choice) / "generation_config.json")
         if not source:
-            raise ValidationError(f'generation_config must be "auto", "none" or a folder with a generation_config.json, got {choice!r}',
-                                  parameter="generation_config", value=choice)
+            raise ValidationError(f'generation_config must be "auto", "none" or a folder with a generation_config.json, '
+                                  f"got {choice!r}", parameter="generation_config", value=choice)
     sampling = {ours: source[theirs] for theirs, ours in FIELDS.items() if source.get(theirs) is not None}
     try:
         SamplingParams(**sampling)

@@ -48,7 +48,8 @@ class InputProcessor:
                 arrival_time: float = 0.0) -> ProcessedInput:
         """Check and tokenise one request. Raises `ValidationError`."""
         if not isinstance(params, SamplingParams):
-            raise ValidationError(f"sampling_params must be SamplingParams, got {type(params).__name__}", parameter="sampling_params")
+            raise ValidationError(f"sampling_params must be SamplingParams, got {type(params).__name__}",
+                                  parameter="sampling_params")
         text, token_ids = self._split(prompt)
         if token_ids is None:
             assert text is not None, "a prompt is text or token ids"
@@ -110,8 +111,8 @@ class InputProcessor:
             asked = getattr(params, parameter)
             wanted = self.vocab_size if asked == -1 else asked
             if wanted is not None and wanted > self.max_logprobs:
-                raise ValidationError(f"{parameter}={asked} asks for more than the {self.max_logprobs} logprobs a token that this engine "
-                                      "gives: lower it, or start with a higher max_logprobs", parameter=parameter, value=asked)
+                raise ValidationError(f"{parameter}={asked} asks for more than the {self.max_logprobs} logprobs a token that this "
+                                      "engine gives: lower it, or start with a higher max_logprobs", parameter=parameter, value=asked)
         needs_text = bool(params.stop_strings or params.bad_words)
         if needs_text and self.tokenizer is None:
             raise ValidationError("stop strings and bad_words need a tokenizer, and this engine has none", parameter="stop")

@@ -89,7 +89,7 @@ class SamplingParams:
 
     def _require_int(self, parameter: str, low: int, high: float, wanted: str, *, optional: bool = False) -> None:
         value = getattr(self, parameter)
-        self._require(value is None and optional or _is_int(value) and low <= value <= high, parameter, wanted)
+        self._require((value is None and optional) or (_is_int(value) and low <= value <= high), parameter, wanted)
 
     def _check_numbers(self) -> None:
         self._require_number("temperature", 0, 2, "a finite number in [0, 2]")
@@ -127,11 +127,11 @@ class SamplingParams:
             value = getattr(self, parameter)
             self._require(value is None or _is_list_of(value, int), parameter, "a list of token ids")
         self._require(self.allowed_token_ids is None or len(self.allowed_token_ids) > 0, "allowed_token_ids", "None or not empty")
-        self._require(self.bad_words is None or _is_list_of(self.bad_words, str) and all(self.bad_words), "bad_words",
+        self._require(self.bad_words is None or (_is_list_of(self.bad_words, str) and all(self.bad_words)), "bad_words",
                       "a list of strings that are not empty")
         self._require(len(self.bad_words or ()) <= MAX_BAD_WORDS, "bad_words", f"a list of at most {MAX_BAD_WORDS} strings")
         bias = self.logit_bias
-        self._require(bias is None or isinstance(bias, dict) and all(_is_int(key) for key in bias), "logit_bias",
+        self._require(bias is None or (isinstance(bias, dict) and all(_is_int(key) for key in bias)), "logit_bias",
                       "a dict from token id to bias")
         self._require(all(_is_number(b) and -100 <= b <= 100 for b in (bias or {}).values()), "logit_bias",
                       "a dict whose values lie in [-100, 100]")

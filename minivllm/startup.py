@@ -84,11 +84,11 @@ def load_tokenizer(folder: Path, config: EngineConfig, vocab_size: int) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:
-        raise CheckpointError(f"no usable tokenizer in {source}: {error}. Pass tokenizer=..., or skip_tokenizer_init=True to work with "
-                              "token ids only") from error
+        raise CheckpointError(f"no usable tokenizer in {source}: {error}. Pass tokenizer=..., or skip_tokenizer_init=True to work "
+                              "with token ids only") from error
     if len(tokenizer) > vocab_size:
-        raise CheckpointError(f"the tokenizer in {source} knows {len(tokenizer)} tokens, the model only {vocab_size}: they don't belong "
-                              "together. Pass the model's own tokenizer")
+        raise CheckpointError(f"the tokenizer in {source} knows {len(tokenizer)} tokens, the model only {vocab_size}: they don't "
+                              "belong together. Pass the model's own tokenizer")
     return tokenizer
 
 
@@ -97,7 +97,8 @@ def load_chat_template(given: str | None) -> str | None:
     if given is None or "{" in given:
         return given
     if not Path(given).is_file():
-        raise ValidationError(f"chat_template {given!r} is neither a file nor a Jinja template", parameter="chat_template", value=given)
+        raise ValidationError(f"chat_template {given!r} is neither a file nor a Jinja template", parameter="chat_template",
+                              value=given)
     return Path(given).read_text(encoding="utf-8")
 
 
@@ -130,8 +131,9 @@ def decide_sizes(config: EngineConfig, model_config: ModelConfig, dtype: torch.d
     block_size = config.block_size or (64 if on_gpu else 16)
     longest = model_config.max_model_len
     if config.max_model_len is not None and config.max_model_len > longest:
-        raise ValidationError(f"max_model_len={config.max_model_len} is beyond the {longest} positions that the model was made for: lower it, "
-                              "or set rope_scaling (YaRN) in config.json", parameter="max_model_len", value=config.max_model_len)
+        raise ValidationError(f"max_model_len={config.max_model_len} is beyond the {longest} positions that the model was made for: "
+                              "lower it, or set rope_scaling (YaRN) in config.json", parameter="max_model_len",
+                              value=config.max_model_len)
     max_model_len = config.max_model_len or longest
     block_bytes = kv_bytes_per_block(model_config, block_size, dtype)
     num_blocks = config.num_blocks or decide_num_blocks(config, block_bytes, block_size, max_model_len, device)
@@ -180,8 +182,8 @@ def resolved_sizes(config: EngineConfig) -> tuple[int, int, int]:
     return sizes  # type: ignore[return-value]
 
 
-def write_report(config: EngineConfig, model_config: ModelConfig, dtype: torch.dtype, weight_bytes: int, defaults: GenerationDefaults,
-                 template: str | None, folder: Path, seconds: dict[str, float]) -> str:
+def write_report(config: EngineConfig, model_config: ModelConfig, dtype: torch.dtype, weight_bytes: int,
+                 defaults: GenerationDefaults, template: str | None, folder: Path, seconds: dict[str, float]) -> str:
     """The start-up report: what was decided, in one place, once."""
     num_blocks, block_size, max_model_len = resolved_sizes(config)
     pool_tokens = (num_blocks - 1) * block_size
@@ -190,7 +192,8 @@ def write_report(config: EngineConfig, model_config: ModelConfig, dtype: torch.d
         f"checkpoint         {config.model or 'embedded toy model'} ({folder.name}), {config.dtype} on {config.device}",
         f"weights            {weight_bytes:,} bytes",
         f"KV cache           {num_blocks - 1:,} blocks x {block_size} slots = {pool_tokens:,} tokens, {pool_bytes:,} bytes",
-        f"longest request    {max_model_len:,} tokens; {pool_tokens / max_model_len:.1f} of them fit at once (max_num_seqs {config.max_num_seqs})",
+        f"longest request    {max_model_len:,} tokens; {pool_tokens / max_model_len:.1f} of them fit at once "
+        f"(max_num_seqs {config.max_num_seqs})",
         f"budget of a step   {config.max_num_batched_tokens:,} tokens; chunked prefill {_on(config.enable_chunked_prefill)}, "
         f"prefix cache {_on(config.enable_prefix_caching)}",
         f"attention          {config.attention_backend}",

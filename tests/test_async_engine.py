@@ -31,10 +31,8 @@ async def usage(engine: AsyncEngine) -> float:
 
 
 async def last_of(stream) -> list[int]:
-    output = None
-    async for output in stream:
-        pass
-    return output.outputs[0].token_ids
+    outputs = [output async for output in stream]
+    return outputs[-1].outputs[0].token_ids
 
 
 def test_concurrent_streams_equal_running_alone():

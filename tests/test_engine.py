@@ -109,8 +109,9 @@ def test_logprobs_are_hugging_faces_log_softmax():
     assert output.prompt_logprobs[0] is None and len(output.prompt_logprobs) == len(prompt)
     for position, entry in enumerate([*output.prompt_logprobs[1:], *answer.logprobs]):
         token = (prompt + answer.token_ids)[position + 1]
-        assert math.isclose(entry[token].logprob, expected[position, token].item(), abs_tol=1e-5), f"logprob of position {position + 1}"
-        assert entry[token].rank == int((expected[position] > expected[position, token]).sum()) + 1, f"rank at position {position + 1}"
+        truth = expected[position, token]
+        assert math.isclose(entry[token].logprob, truth.item(), abs_tol=1e-5), f"logprob of position {position + 1}"
+        assert entry[token].rank == int((expected[position] > truth).sum()) + 1, f"rank at position {position + 1}"
         best = expected[position].argmax().item()
         assert entry[best].rank == 1, f"the most likely token of position {position + 1} is listed with rank 1"
     total = sum(entry[token].logprob for entry, token in zip(answer.logprobs, answer.token_ids))
@@ -215,13 +216,15 @@ def test_bad_requests_are_refused_by_name_and_the_engine_serves_the_next(case):
 
 @pytest.mark.parametrize(("params", "named"), [
     ({"temperature": math.nan}, "temperature"), ({"temperature": 2.5}, "temperature"), ({"temperature": "hot"}, "temperature"),
-    ({"top_p": 0}, "top_p"), ({"top_p": 1.1}, "top_p"), ({"top_k": -2}, "top_k"), ({"top_k": 1.5}, "top_k"), ({"min_p": -0.1}, "min_p"),
+    ({"top_p": 0}, "top_p"), ({"top_p": 1.1}, "top_p"), ({"top_k": -2}, "top_k"), ({"top_k": 1.5}, "top_k"),
+    ({"min_p": -0.1}, "min_p"),
     ({"n": 0}, "n"), ({"n": 2, "temperature": 0}, "n"), ({"max_tokens": 0}, "max_tokens"), ({"min_tokens": 17}, "min_tokens"),
     ({"repetition_penalty": 0}, "repetition_penalty"), ({"repetition_penalty": math.inf}, "repetition_penalty"),
     ({"presence_penalty": 2.1}, "presence_penalty"), ({"frequency_penalty": math.nan}, "frequency_penalty"),
     ({"stop": ["a"] * 5}, "stop"), ({"stop": [""]}, "stop"), ({"stop": 3}, "stop"), ({"seed": 2**63}, "seed"),
     ({"logit_bias": {3: 101}}, "logit_bias"), ({"logit_bias": {"3": 1}}, "logit_bias"), ({"logprobs": -2}, "logprobs"),
-    ({"bad_words": ["x"] * 129}, "bad_words"), ({"allowed_token_ids": []}, "allowed_token_ids"), ({"stop_token_ids": "12"}, "stop_token_ids"),
+    ({"bad_words": ["x"] * 129}, "bad_words"), ({"allowed_token_ids": []}, "allowed_token_ids"),
+    ({"stop_token_ids": "12"}, "stop_token_ids"),
     ({"ignore_eos": 1}, "ignore_eos"), ({"stop": "x", "detokenize": False}, "detokenize"),
 ])
 def test_wrong_sampling_parameters_are_refused_by_name(params, named):

@@ -22,8 +22,8 @@ MAX_MODEL_LEN = 128
 def oracle(seed: int, heads: int, kv_heads: int, layers: int, tie: bool, dtype: str):
     """A random Qwen2 as Hugging Face runs it, and the folder that we load."""
     folder = tempfile.mkdtemp()
-    model, folder = random_qwen2(folder, seed, dtype=getattr(torch, dtype), layers=layers, hidden=heads * 8, heads=heads, kv_heads=kv_heads,
-                                 vocab=97, initializer_range=0.2, tie=tie)
+    model, folder = random_qwen2(folder, seed, dtype=getattr(torch, dtype), layers=layers, hidden=heads * 8, heads=heads,
+                                 kv_heads=kv_heads, vocab=97, initializer_range=0.2, tie=tie)
     return model.eval(), str(folder)
 
 
@@ -65,8 +65,9 @@ def make_prompts(lengths: list[int], shared: int, seed: int) -> list[list[int]]:
 def check_workload(workload) -> LLM:
     model, folder = oracle(*workload["model"], workload["dtype"])
     prompts = make_prompts(workload["lengths"], workload["shared"], workload["seed"])
-    llm = LLM(folder, skip_tokenizer_init=True, dtype=workload["dtype"], max_model_len=MAX_MODEL_LEN, device="cpu", **workload["engine"])
-    for index, prompt in enumerate(prompts):
+    llm = LLM(folder, skip_tokenizer_init=True, dtype=workload["dtype"], max_model_len=MAX_MODEL_LEN, device="cpu",
+              **workload["engine"])
+    for prompt in prompts:
         llm.enqueue([prompt], SamplingParams(temperature=0, max_tokens=workload["max_tokens"], ignore_eos=True))
     ours = llm.wait_for_completion(use_tqdm=False)
     llm.engine.kv_cache_manager.check()

@@ -56,11 +56,12 @@ def test_chat_answers_equal_hugging_faces(knobs):
 
 def test_a_tutorials_script_runs_with_only_the_import_changed():
     """LLM takes the arguments that vLLM's tutorials pass, and generate takes a list of strings."""
-    llm = LLM(model=str(checkpoint_path()), tokenizer=str(checkpoint_path()), max_model_len=256, trust_remote_code=True, dtype="float32",
-              gpu_memory_utilization=0.8, max_num_seqs=4, enforce_eager=True, tensor_parallel_size=1)
+    llm = LLM(model=str(checkpoint_path()), tokenizer=str(checkpoint_path()), max_model_len=256, trust_remote_code=True,
+              dtype="float32", gpu_memory_utilization=0.8, max_num_seqs=4, enforce_eager=True, tensor_parallel_size=1)
     tokenizer = llm.get_tokenizer()
     prompt = tokenizer.apply_chat_template([{"role": "user", "content": FACT}], tokenize=False, add_generation_prompt=True)
-    params = SamplingParams(temperature=0.7, top_p=0.8, repetition_penalty=1.05, max_tokens=32, stop_token_ids=[tokenizer.eos_token_id])
+    params = SamplingParams(temperature=0.7, top_p=0.8, repetition_penalty=1.05, max_tokens=32,
+                            stop_token_ids=[tokenizer.eos_token_id])
     outputs = llm.generate([prompt, STORY], params)
     assert [output.prompt for output in outputs] == [prompt, STORY]
     assert all(output.outputs[0].text for output in outputs), "every prompt has an answer"
@@ -125,7 +126,8 @@ def test_chat_refuses_what_it_cannot_render():
     with pytest.raises(ValidationError, match="continue_final_message"):
         llm.chat([{"role": "user", "content": "hi"}], greedy(4), continue_final_message=True)
     parts = [{"role": "user", "content": [{"type": "text", "text": FACT}]}]
-    as_parts, as_text = (llm.chat(m, greedy(8), use_tqdm=False)[0].outputs[0].text for m in (parts, [{"role": "user", "content": FACT}]))
+    plain = [{"role": "user", "content": FACT}]
+    as_parts, as_text = (llm.chat(m, greedy(8), use_tqdm=False)[0].outputs[0].text for m in (parts, plain))
     assert as_parts == as_text, "a list with one text part is that text"
 
 

@@ -54,7 +54,8 @@ def test_without_chunked_prefill_the_budget_holds_the_longest_prompt():
 
 @pytest.mark.parametrize(("knobs", "named"), [
     ({"block_size": 0}, "block_size"), ({"num_blocks": 1}, "num_blocks"), ({"max_num_seqs": 0}, "max_num_seqs"),
-    ({"dtype": "int8"}, "dtype"), ({"gpu_memory_utilization": 0}, "gpu_memory_utilization"), ({"max_model_len": "64"}, "max_model_len"),
+    ({"dtype": "int8"}, "dtype"), ({"gpu_memory_utilization": 0}, "gpu_memory_utilization"),
+    ({"max_model_len": "64"}, "max_model_len"),
     ({"enable_prefix_caching": "yes"}, "enable_prefix_caching"), ({"attention_backend": "flash"}, "attention_backend"),
     ({"seed": -1}, "seed"),
 ])

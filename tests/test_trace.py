@@ -35,9 +35,9 @@ def test_replaying_a_trace_rebuilds_every_block_table(tmp_path):
     for number, (state, expected) in enumerate(zip(states, truth, strict=True), start=1):
         if number == 5:
             continue  # the abort came after this step had been recorded
-        assert {name: request["blocks"] for name, request in state.requests.items()} == expected["tables"], f"tables after step {number}"
-        assert {name: request["num_computed_tokens"] for name, request in state.requests.items()} == expected["computed"]
-        assert {name: request["num_tokens"] for name, request in state.requests.items()} == expected["tokens"]
+        for key, name in (("blocks", "tables"), ("num_computed_tokens", "computed"), ("num_tokens", "tokens")):
+            rebuilt = {request_id: request[key] for request_id, request in state.requests.items()}
+            assert rebuilt == expected[name], f"{name} after step {number}"
         assert (state.waiting["count"], state.free_blocks) == (expected["waiting"], expected["free"]), f"queues after step {number}"
     assert stats.num_preemptions > 0, "the workload should preempt, so that the trace has to tell of it"
 
@@ -51,9 +51,7 @@ def test_a_keyframe_says_what_the_differences_say(tmp_path):
     records = read_trace(path)
     keyframe = next(record for record in records if record["type"] == "keyframe" and record["step"] == KEYFRAME_EVERY)
     before = [record for record in records[: records.index(keyframe)] if record["type"] != "keyframe" or record["step"] == 0]
-    state = None
-    for state in replay(before):
-        pass
+    *_, state = replay(before)
     assert state.requests == keyframe["requests"], "differences and keyframe agree"
 
 

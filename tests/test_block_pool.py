@@ -1,0 +1,194 @@
+"""Lesson 7: blocks are handed out, shared and given back, and none is ever lost or owned by two who do not know it."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minivllm.block_pool import NULL_BLOCK, BlockPool
+
+OPS = st.lists(st.tuples(st.sampled_from(["get", "free", "share", "publish", "find"]), st.integers(0, 7)), max_size=40)
+
+
+@given(st.integers(2, 6), OPS)
+def test_every_block_is_free_or_owned(num_blocks, ops):
+    """Played against a plain list of owners, the pool never loses a block, hands one out twice or finds a wrong content."""
+    pool, owned, contents = BlockPool(num_blocks), [], {}  # `owned` lists a block once for each owner
+    for step, (op, number) in enumerate(ops):
+        if op == "get" and number <= pool.get_num_free_blocks():
+            new = pool.get_new_blocks(number)
+            assert not set(new) & set(owned), f"step {step}: {new} are handed out and {owned} are owned"
+            owned += new
+            contents |= dict.fromkeys(new)  # a new owner writes: what was in it is gone
+        elif op == "free" and owned:
+            pool.free_blocks([owned.pop(number % len(owned))])
+        elif op == "share" and owned:
+            pool.touch([owned[number % len(owned)]])
+            owned.append(owned[number % len(owned)])
+        elif op == "publish" and owned and contents[owned[number % len(owned)]] is None:
+            contents[owned[number % len(owned)]] = f"content {number % 3}"
+            pool.cache_block(owned[number % len(owned)], f"content {number % 3}")
+        elif op == "find" and (block_id := pool.get_cached_block(f"content {number % 3}")) is not None:
+            assert contents[block_id] == f"content {number % 3}", f"step {step}: block {block_id} holds {contents[block_id]}"
+            pool.touch([block_id])
+            owned.append(block_id)
+        pool.check()
+        num_free = num_blocks - 1 - len(set(owned))
+        assert pool.get_num_free_blocks() == num_free, f"after step {step} ({op}) {num_free} blocks belong to nobody"
+
+
+def test_the_null_block_is_never_handed_out():
+    """Block 0 takes what nobody reads, so no request may own it."""
+    pool = BlockPool(4)
+    assert sorted(pool.get_new_blocks(3)) == [1, 2, 3], "three of four blocks can be owned"
+    assert NULL_BLOCK == 0
+    with pytest.raises(AssertionError, match="block 0 is freed twice"):
+        pool.free_blocks([NULL_BLOCK])
+
+
+def test_blocks_are_taken_from_the_left():
+    """The block that has been free for longest is the next one."""
+    pool = BlockPool(5)
+    assert pool.get_new_blocks(2) == [1, 2]
+    assert pool.get_new_blocks(2) == [3, 4]
+
+
+def test_a_block_without_a_name_is_reused_first():
+    """Nobody can ask for its content, so taking it costs the cache nothing."""
+    pool = BlockPool(5)
+    pool.free_blocks(pool.get_new_blocks(2))
+    assert list(pool.free_queue) == [2, 1, 3, 4], "each one went to the front"
+
+
+def test_a_block_with_a_name_is_kept_longest():
+    """Freed last block first, a sequence loses its tail before its head, and what is left is still a prefix."""
+    pool = BlockPool(5)
+    head, tail = pool.get_new_blocks(2)
+    pool.cache_block(head, "head")
+    pool.cache_block(tail, "head and tail")
+    pool.free_blocks([tail, head])
+    assert list(pool.free_queue) == [3, 4, tail, head], "both went to the back, the tail further left"
+
+
+def test_a_hash_is_lost_only_when_the_block_is_taken():
+    """A free block can still be hit until somebody else needs it."""
+    pool = BlockPool(3)
+    pool.get_new_blocks(1)
+    pool.cache_block(1, "story")
+    pool.free_blocks([1])
+    assert pool.get_cached_block("story") == 1
+    pool.get_new_blocks(1)
+    assert pool.get_cached_block("story") == 1, "block 2 was further left and went first"
+    pool.get_new_blocks(1)
+    assert pool.get_cached_block("story") is None, "block 1 has a new owner, who writes something else"
+
+
+def test_a_hit_takes_a_free_block_out_of_the_middle_of_the_queue():
+    """Once touched a block is owned: the next allocation cannot take it."""
+    pool = BlockPool(4)
+    pool.get_new_blocks(2)
+    pool.cache_block(2, "story")
+    pool.free_blocks([2, 1])
+    assert list(pool.free_queue) == [1, 3, 2]
+    pool.touch([2])
+    assert list(pool.free_queue) == [1, 3]
+    assert pool.ref_counts[2] == 1
+    pool.check()
+
+
+def test_t04_two_blocks_with_one_content_live_side_by_side():
+    """Twins are both known; when one is taken the other is still found, and nothing leaks."""
+    pool = BlockPool(4)
+    pool.get_new_blocks(2)
+    pool.cache_block(1, "story")
+    pool.cache_block(2, "story")
+    assert pool.get_cached_block("story") == 1
+    pool.evict(1)
+    assert pool.get_cached_block("story") == 2, "evicting one twin must not forget the other"
+    pool.free_blocks([1, 2])
+    pool.check()
+    pool.get_new_blocks(3)
+    assert pool.get_cached_block("story") is None
+    pool.check()
+
+
+def test_t05_a_shared_block_is_free_when_its_last_owner_leaves():
+    """Freeing is giving up one reference, never more."""
+    pool = BlockPool(3)
+    block_ids = pool.get_new_blocks(1)
+    pool.touch(block_ids)
+    pool.free_blocks(block_ids)
+    assert pool.get_num_free_blocks() == 1, "its second owner still reads it"
+    pool.free_blocks(block_ids)
+    assert pool.get_num_free_blocks() == 2
+
+
+def test_t05_a_double_free_is_our_mistake_and_says_so():
+    """Freeing what nobody holds stops at once, before two requests own one block."""
+    pool = BlockPool(3)
+    block_ids = pool.get_new_blocks(1)
+    pool.free_blocks(block_ids)
+    with pytest.raises(AssertionError, match="block 1 is freed twice"):
+        pool.free_blocks(block_ids)
+
+
+def test_asking_for_more_than_is_free_is_our_mistake_and_says_so():
+    """The caller looks first; the pool does not hand out half of what was asked."""
+    pool = BlockPool(3)
+    with pytest.raises(AssertionError, match="3 blocks wanted, 2 free"):
+        pool.get_new_blocks(3)
+    assert pool.get_num_free_blocks() == 2
+
+
+def test_only_held_blocks_are_published_and_only_once():
+    """A name is given by an owner: a free block's content may change at any moment."""
+    pool = BlockPool(3)
+    with pytest.raises(AssertionError, match="block 1 is free"):
+        pool.cache_block(1, "story")
+    pool.get_new_blocks(1)
+    pool.cache_block(1, "story")
+    with pytest.raises(AssertionError, match="published already"):
+        pool.cache_block(1, "another story")
+
+
+def test_reset_forgets_every_content_when_nobody_holds_a_block():
+    """New weights make all cached KV wrong; while a request runs on the old ones the answer is False."""
+    pool = BlockPool(3)
+    pool.get_new_blocks(1)
+    pool.cache_block(1, "story")
+    assert not pool.reset_prefix_cache(), "block 1 is in use"
+    assert pool.get_cached_block("story") == 1
+    pool.free_blocks([1])
+    assert pool.reset_prefix_cache()
+    assert pool.get_cached_block("story") is None
+    pool.check()
+
+
+def test_without_caching_nothing_is_ever_found():
+    """With the prefix cache off, publishing has no effect."""
+    pool = BlockPool(3, enable_caching=False)
+    pool.get_new_blocks(1)
+    pool.cache_block(1, "story")
+    assert pool.get_cached_block("story") is None
+    pool.check()
+
+
+@pytest.mark.parametrize("damage", [
+    lambda pool: pool.free_queue.popitem(),  # a block is lost
+    lambda pool: pool.free_queue.update({1: None}),  # held and free
+    lambda pool: pool.free_queue.update({0: None}),
+    lambda pool: pool.cached_blocks.clear(),
+    lambda pool: pool.cached_blocks.update({"no block": {}}),
+    lambda pool: pool.cached_blocks.update({"another story": {1: None}}),
+    lambda pool: pool.ref_counts.__setitem__(1, -1),
+])
+def test_check_finds_damage(damage):
+    """The invariants are written as equations, and `check` does see when one is broken."""
+    pool = BlockPool(4)
+    pool.get_new_blocks(1)
+    pool.cache_block(1, "story")
+    pool.check()
+    damage(pool)
+    with pytest.raises(AssertionError):
+        pool.check()

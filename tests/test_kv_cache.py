@@ -1,0 +1,321 @@
+"""Lessons 7 and 11: block tables, and prefixes that are found again by name."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minivllm import kv_cache
+from minivllm.block_pool import BlockPool
+from minivllm.kv_cache import KVCacheManager, find_longest_cache_hit, hash_block_tokens
+from minivllm.request import Request
+from minivllm.sampling_params import SamplingParams
+
+
+def make_request(request_id, token_ids, **arguments):
+    params = SamplingParams(prompt_logprobs=arguments.pop("prompt_logprobs", None))
+    return Request(request_id, token_ids, params, **arguments)
+
+
+def admit(manager, request):
+    """Compute and publish all of a request's tokens, as a scheduler with a large budget would. Returns its prefix hits."""
+    hits, num_hits = manager.get_computed_blocks(request)
+    assert manager.allocate_slots(request, request.num_tokens - num_hits, new_computed_blocks=hits) is not None, "no room"
+    request.num_computed_tokens = request.num_tokens
+    manager.cache_blocks(request, request.num_tokens)
+    manager.check()
+    return hits
+
+
+def leave(manager, request):
+    manager.free(request)
+    request.num_computed_tokens = 0
+    manager.check()
+
+
+def test_a_name_covers_everything_from_the_first_token():
+    """Equal names mean equal tokens up to there: the same block behind another beginning has another name."""
+    first = hash_block_tokens(None, [1, 2])
+    assert first == hash_block_tokens(None, [1, 2])
+    assert first != hash_block_tokens(None, [2, 1])
+    assert hash_block_tokens(first, [7, 7]) != hash_block_tokens(hash_block_tokens(None, [2, 1]), [7, 7])
+    assert hash_block_tokens(first, [7, 7]) != hash_block_tokens(None, [7, 7])
+
+
+def test_tokens_are_not_run_together_in_a_name():
+    """[1, 23] and [12, 3] are different blocks."""
+    assert hash_block_tokens(None, [1, 23]).digest != hash_block_tokens(None, [12, 3]).digest
+
+
+def test_extra_keys_keep_equal_tokens_apart():
+    """A salt (or later an adapter) makes other names, in the block that has it and in all behind it."""
+    plain, salted = hash_block_tokens(None, [1, 2]), hash_block_tokens(None, [1, 2], ("salt",))
+    assert plain.digest != salted.digest
+    assert hash_block_tokens(plain, [3, 4]).digest != hash_block_tokens(salted, [3, 4]).digest
+
+
+@given(st.lists(st.integers(0, 1), max_size=12), st.lists(st.integers(0, 1), min_size=1, max_size=12), st.integers(1, 4))
+def test_the_hit_is_the_longest_common_beginning_in_whole_blocks(cached, wanted, size):
+    """A slow spec: count equal blocks from the left, and stop before the last token."""
+    def names(token_ids):
+        result = []
+        for start in range(0, len(token_ids) - size + 1, size):
+            result.append(hash_block_tokens(result[-1] if result else None, token_ids[start:start + size]))
+        return result
+
+    pool = BlockPool(14)
+    for block_id, name in zip(pool.get_new_blocks(13), names(cached)):
+        pool.cache_block(block_id, name)
+    expected = 0
+    while (expected + 1) * size <= min(len(cached), len(wanted) - 1) and (
+            cached[:(expected + 1) * size] == wanted[:(expected + 1) * size]):
+        expected += 1
+    hits = find_longest_cache_hit(pool, names(wanted), len(wanted), size)
+    assert hits == list(range(1, expected + 1)), f"{wanted} finds {hits} of {cached} in blocks of {size}"
+
+
+def test_a_gap_ends_the_prefix():
+    """What stands behind a block that is gone cannot be used: its positions would attend to nothing."""
+    pool, first = BlockPool(4), hash_block_tokens(None, [1])
+    second = hash_block_tokens(first, [2])
+    pool.get_new_blocks(2)
+    pool.cache_block(2, second)
+    assert find_longest_cache_hit(pool, [first, second], 3, 1) == []
+
+
+def test_t01_a_hash_dies_with_the_block_it_named():
+    """The smallest wrong-KV story: A runs and leaves, B reuses its block, and C must not read B's."""
+    manager = KVCacheManager(4, 2, True, 16)  # three blocks: exactly what each of them needs
+    a = make_request("A", [1, 1, 0, 0, 9])
+    admit(manager, a)
+    leave(manager, a)
+    b = make_request("B", [2, 2, 0, 0])
+    assert admit(manager, b) == [], "B begins otherwise, so its [0, 0] is not A's"
+    leave(manager, b)
+    c = make_request("C", [1, 1, 0, 0, 9])
+    hits, _ = manager.get_computed_blocks(c)
+    names = [manager.pool.block_hashes[block_id].token_ids for block_id in hits]
+    assert names == [(1, 1), (0, 0)][:len(hits)]
+    assert len(hits) < 2, "B took one of A's blocks, so at most A's first block is left"
+
+
+def test_t03_a_known_prompt_computes_its_last_token():
+    """A prompt of whole blocks, all of them cached, still computes one block: without it there are no logits."""
+    for num_tokens, num_hits in ((3, 2), (4, 2), (5, 4)):
+        manager = KVCacheManager(8, 2, True, 16)
+        admit(manager, make_request("A", list(range(5))))
+        _, found = manager.get_computed_blocks(make_request("B", list(range(num_tokens))))
+        assert found == num_hits, f"{num_tokens} known tokens in blocks of 2: {found} are taken from the cache"
+
+
+def test_t06_a_hit_is_not_evicted_to_make_room_for_its_own_request():
+    """The hit lies at the very left of the free queue, and the request's new block is another one."""
+    manager = KVCacheManager(3, 2, True, 16)
+    a = make_request("A", [1, 1])
+    admit(manager, a)
+    leave(manager, a)
+    manager.pool.free_queue.move_to_end(1, last=False)
+    b = make_request("B", [1, 1, 5])
+    assert admit(manager, b) == [1]
+    assert manager.get_block_ids("B") == [1, 2]
+
+
+def test_t07_a_hit_in_the_free_queue_takes_room():
+    """Two blocks free, one of them a hit: there is one to take, not two, and a refusal changes nothing."""
+    manager = KVCacheManager(3, 2, True, 16)
+    a = make_request("A", [1, 1])
+    admit(manager, a)
+    leave(manager, a)
+    b = make_request("B", [1, 1, 5, 5, 5])
+    hits, num_hits = manager.get_computed_blocks(b)
+    assert manager.num_blocks_to_take(b, 5, hits) == 3
+    before = (list(manager.pool.free_queue), dict(manager.pool.block_hashes), list(manager.pool.ref_counts))
+    assert manager.allocate_slots(b, 5 - num_hits, new_computed_blocks=hits) is None
+    assert (list(manager.pool.free_queue), dict(manager.pool.block_hashes), list(manager.pool.ref_counts)) == before
+    assert manager.block_tables == {}
+
+
+def test_t08_a_hit_is_verified_even_if_digests_collide(monkeypatch):
+    """With a digest that is the same for everything, different blocks are still different."""
+    class Weak:
+        def __init__(self, content):
+            pass
+
+        def digest(self):
+            return b"always the same"
+
+    monkeypatch.setattr(kv_cache.hashlib, "sha256", Weak)
+    manager = KVCacheManager(6, 2, True, 16)
+    admit(manager, make_request("A", [1, 1, 9]))
+    assert manager.get_computed_blocks(make_request("B", [2, 2, 9])) == ([], 0), "A's block holds other tokens"
+    assert manager.get_computed_blocks(make_request("C", [1, 1, 9]))[1] == 2
+
+
+def test_t08_a_salt_in_the_first_block_separates_whole_sequences():
+    """Two tenants with the same prompt share nothing; the same tenant shares all."""
+    manager = KVCacheManager(12, 2, True, 16)
+    admit(manager, make_request("A", [1] * 5, cache_salt="one"))
+    assert manager.get_computed_blocks(make_request("B", [1] * 5, cache_salt="two"))[1] == 0
+    assert manager.get_computed_blocks(make_request("C", [1] * 5))[1] == 0
+    assert manager.get_computed_blocks(make_request("D", [1] * 5, cache_salt="one"))[1] == 4
+
+
+def test_t09_a_table_is_handed_out_as_a_copy():
+    """What a step was given does not grow behind its back."""
+    manager = KVCacheManager(6, 2, True, 16)
+    request = make_request("A", [1] * 3)
+    admit(manager, request)
+    given_out = manager.get_block_ids("A")
+    manager.allocate_slots(request, 2)
+    assert given_out == [1, 2], "the copy is as it was"
+    assert manager.get_block_ids("A") == [1, 2, 3]
+
+
+def test_t10_counts_equal_the_tables_that_hold_a_block():
+    """`check` compares every block's count with the tables, and sees when they disagree."""
+    manager = KVCacheManager(6, 2, True, 16)
+    admit(manager, make_request("A", [1] * 5))
+    assert len(admit(manager, make_request("B", [1] * 5))) == 2
+    assert manager.pool.ref_counts[1] == 2, "A and B hold the first block"
+    manager.block_tables["B"].pop()
+    with pytest.raises(AssertionError, match="references and is in"):
+        manager.check()
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_t18_a_block_is_taken_when_its_first_slot_is_needed(size):
+    """Prompts of B-1, B, B+1 and 2B tokens, then one token at a time: ceil(tokens / B) blocks, never more or less."""
+    for num_prompt in (max(1, size - 1), size, size + 1, 2 * size):
+        manager = KVCacheManager(20, size, True, 64)
+        request = make_request("A", list(range(num_prompt)))
+        admit(manager, request)
+        for _ in range(2 * size + 1):
+            num_blocks = len(manager.get_block_ids("A"))
+            assert num_blocks == -(-request.num_tokens // size), f"{request.num_tokens} tokens in {num_blocks} blocks of {size}"
+            request.append_output_token_id(5)
+            manager.allocate_slots(request, 1)
+            request.num_computed_tokens += 1
+
+
+def test_t18_growth_without_a_free_block_is_refused_only_at_the_edge():
+    """With no block free a sequence still fills the one it has."""
+    manager = KVCacheManager(2, 4, True, 64)
+    request = make_request("A", [1, 2, 3])
+    admit(manager, request)
+    assert manager.allocate_slots(request, 1) == [], "position 3 is in the block that it owns"
+    request.num_computed_tokens = 4
+    assert manager.allocate_slots(request, 1) is None, "position 4 needs a second block"
+    manager.check()
+
+
+def test_lookahead_slots_end_at_the_longest_sequence():
+    """Room for drafts is taken with the step's tokens, and none beyond max_model_len."""
+    manager = KVCacheManager(9, 2, True, 6)
+    request = make_request("A", [1, 2, 3])
+    assert len(manager.allocate_slots(request, 3, num_lookahead_tokens=1)) == 2
+    assert len(manager.allocate_slots(request, 3, num_lookahead_tokens=9)) == 1, "6 positions at most: 3 blocks of 2"
+
+
+def test_truncate_gives_back_whole_blocks_beyond_the_cut():
+    """Rejected drafts cost no memory: the block that is still needed stays, those behind it go, last first."""
+    manager = KVCacheManager(9, 2, True, 16)
+    request = make_request("A", [1, 2, 3])
+    manager.allocate_slots(request, 3, num_lookahead_tokens=5)
+    manager.truncate(request, 3)
+    assert manager.get_block_ids("A") == [1, 2]
+    assert list(manager.pool.free_queue)[:2] == [3, 4], "block 4 was freed first, so 3 lies before it"
+    manager.cache_blocks(request, 3)
+    with pytest.raises(AssertionError, match="published"):
+        manager.truncate(request, 1)
+    manager.check()
+
+
+def test_full_sequence_must_fit_is_a_question_and_not_a_reservation():
+    """Room for all known tokens is required, and only the tokens of this step are given room."""
+    manager = KVCacheManager(4, 2, True, 16)
+    assert manager.allocate_slots(make_request("A", [1] * 7), 2, full_sequence_must_fit=True) is None, "7 tokens need 4 blocks of 3"
+    assert manager.allocate_slots(make_request("B", [1] * 6), 2, full_sequence_must_fit=True) == [1]
+    assert manager.num_free_blocks == 2
+
+
+def test_only_full_blocks_are_published_and_each_once():
+    """Three tokens in blocks of two name one block; the fourth names the second, and nothing is named again."""
+    manager = KVCacheManager(6, 2, True, 16)
+    request = make_request("A", [1, 2, 3, 4])
+    manager.allocate_slots(request, 4)
+    assert [manager.cache_blocks(request, count) for count in (1, 2, 3, 3, 4, 4)] == [[], [1], [], [], [2], []]
+
+
+def test_every_block_is_hashed_once_in_a_requests_life(monkeypatch):
+    """Waiting, running, preempted and back: the cost of naming is one hash for each full block."""
+    calls = []
+
+    def count(parent, token_ids, extra_keys):
+        calls.append(token_ids)
+        return hash_block_tokens(parent, token_ids, extra_keys)
+
+    monkeypatch.setattr(kv_cache, "hash_block_tokens", count)
+    manager = KVCacheManager(9, 2, True, 32)
+    request = make_request("A", list(range(5)))
+    for _ in range(3):
+        manager.get_computed_blocks(request)
+        admit(manager, request)
+        leave(manager, request)
+    assert calls == [[0, 1], [2, 3]], f"two full blocks were hashed {len(calls)} times"
+
+
+def test_a_request_for_prompt_logprobs_publishes_and_does_not_read():
+    """Its prompt's logits are wanted, so all of it is computed; others may use what it computed."""
+    manager = KVCacheManager(9, 2, True, 16)
+    admit(manager, make_request("A", [1] * 5))
+    asks = make_request("B", [1] * 5, prompt_logprobs=1)
+    assert manager.get_computed_blocks(asks) == ([], 0)
+    other = make_request("C", [2] * 5, prompt_logprobs=1)
+    admit(manager, other)
+    assert manager.get_computed_blocks(make_request("D", [2] * 5))[1] == 4
+
+
+def test_caching_off_means_no_hits_and_no_hashing():
+    """Without the prefix cache a manager is only tables."""
+    manager = KVCacheManager(9, 2, False, 16)
+    first = make_request("A", [1] * 5)
+    admit(manager, first)
+    assert manager.get_computed_blocks(make_request("B", [1] * 5)) == ([], 0)
+    assert first.block_hashes == []
+
+
+def test_uncache_takes_names_back_and_nothing_else():
+    """After a failed step nobody finds its blocks, and their owners still own them."""
+    manager = KVCacheManager(9, 2, True, 16)
+    request = make_request("A", [1] * 5)
+    manager.allocate_slots(request, 5)
+    manager.uncache(manager.cache_blocks(request, 5))
+    assert manager.get_computed_blocks(make_request("B", [1] * 5)) == ([], 0)
+    manager.check()
+    leave(manager, request)
+    assert list(manager.pool.free_queue)[:3] == [1, 2, 3], "without names all three are reused first"
+
+
+def test_freeing_a_request_that_owns_nothing_is_harmless():
+    """Free on preemption, free again on abort: the second one has nothing to do."""
+    manager = KVCacheManager(4, 2, True, 16)
+    request = make_request("A", [1] * 3)
+    manager.free(request)
+    admit(manager, request)
+    leave(manager, request)
+    leave(manager, request)
+    assert manager.num_free_blocks == 3
+
+
+def test_usage_is_the_share_that_requests_hold():
+    """Half of the pool held is 0.5, and a cached block that nobody holds is free."""
+    manager = KVCacheManager(5, 2, True, 16)
+    assert manager.usage == 0
+    request = make_request("A", [1] * 4)
+    admit(manager, request)
+    assert manager.usage == 0.5
+    leave(manager, request)
+    assert manager.usage == 0
+    assert manager.reset_prefix_cache()
+    assert manager.get_computed_blocks(make_request("B", [1] * 4)) == ([], 0)
