@@ -79,9 +79,8 @@ def slot_mapping(block_table: Tensor, rows: Tensor, positions: Tensor, block_siz
     Shaped like `positions`. Token i is at `positions[i]` of the request in row `rows[i]` of `block_table` (B, blocks). A padded
     token has position -1 and gets slot 0, inside the null block: a slot of -1 would wrap around and overwrite the last block.
     """
-    real = positions.clamp(min=0)
-    block_ids = block_table[rows, real // block_size].long()  # int64 first: id * block_size may pass 2**31
-    slots = block_ids * block_size + real % block_size
+    block_ids = block_table[rows, positions // block_size].long()  # int64 first: id * block_size may pass 2**31
+    slots = block_ids * block_size + positions % block_size
     return torch.where(positions < 0, NULL_BLOCK * block_size, slots)
 
 

@@ -67,6 +67,7 @@ class InputBatch:
         self.free_rows = list(reversed(range(max_num_seqs)))
         self.block_size = block_size
         self.num_admissions = 0
+        self.wants_prompt_logprobs: set[str] = set()
 
     def add(self, new: NewRequestData, bad_words_token_ids: list[list[int]]) -> None:
         """Give a request a row: first-time, or resumed with what it had sampled before it was preempted."""
@@ -76,6 +77,8 @@ class InputBatch:
         self.requests[row] = RowRequest(new.request_id, new.num_prompt_tokens, new.sampling_params, new.seed, new.eos_token_ids,
                                         bad_words_token_ids, self.num_admissions)
         self.num_admissions += 1
+        if new.sampling_params.prompt_logprobs is not None:
+            self.wants_prompt_logprobs.add(new.request_id)
         self.token_ids[row, : len(new.token_ids)] = new.token_ids
         self.num_tokens[row] = len(new.token_ids)
         self.num_computed[row] = new.num_computed_tokens
@@ -85,6 +88,7 @@ class InputBatch:
     def remove(self, request_id: str) -> None:
         """Forget a finished or preempted request; one that never got a row is no error."""
         row = self.row_of.pop(request_id, None)
+        self.wants_prompt_logprobs.discard(request_id)
         if row is not None:
             self.requests[row] = None
             self.block_table[row, : self.num_blocks[row]] = NULL_BLOCK

@@ -111,11 +111,13 @@ class InputProcessor:
             asked = getattr(params, parameter)
             wanted = self.vocab_size if asked == -1 else asked
             if wanted is not None and wanted > self.max_logprobs:
-                raise ValidationError(f"{parameter}={asked} asks for more than the {self.max_logprobs} logprobs a token that this "
-                                      "engine gives: lower it, or start with a higher max_logprobs", parameter=parameter, value=asked)
-        needs_text = bool(params.stop_strings or params.bad_words)
-        if needs_text and self.tokenizer is None:
-            raise ValidationError("stop strings and bad_words need a tokenizer, and this engine has none", parameter="stop")
+                raise ValidationError(
+                    f"{parameter}={asked} asks for more than the {self.max_logprobs} logprobs a token that this engine gives: "
+                    "lower it, or start with a higher max_logprobs", parameter=parameter, value=asked)
+        for parameter in ("stop", "bad_words"):
+            if getattr(params, parameter) and self.tokenizer is None:
+                raise ValidationError(f"{parameter} needs a tokenizer, and this engine has none (skip_tokenizer_init=True)",
+                                      parameter=parameter)
 
 
 def derive_seed(engine_seed: int, arrival_number: int, params: SamplingParams, child_index: int) -> int:

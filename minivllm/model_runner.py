@@ -134,7 +134,9 @@ class ModelRunner:
 
     def prompt_logprobs(self, inputs: StepInputs, hidden: Tensor) -> dict[str, tuple[int, list[dict[int, Logprob]]]]:
         """For requests that asked: logprobs of the prompt tokens that this step's positions predict."""
-        found = {}
+        found: dict[str, tuple[int, list[dict[int, Logprob]]]] = {}
+        if not self.batch.wants_prompt_logprobs:
+            return found
         starts = np.cumsum(inputs.query_lens) - inputs.query_lens
         for index, row in enumerate(inputs.rows):
             request = self.batch.request(row)

@@ -198,7 +198,7 @@ def _allowed_mask(rows: Sequence[RowParams], vocab_size: int, device: torch.devi
     pairs = [(index, token_id) for index in limited for token_id in rows[index].params.allowed_token_ids or ()]
     row_ids, token_ids = _to_device(list(zip(*pairs)), torch.int64, device)
     mask = torch.ones(len(rows), vocab_size, dtype=torch.bool, device=device)
-    mask[row_ids] = False
+    mask[_to_device(limited, torch.int64, device)] = False
     mask[row_ids, token_ids] = True
     return mask
 

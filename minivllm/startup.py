@@ -131,8 +131,8 @@ def decide_sizes(config: EngineConfig, model_config: ModelConfig, dtype: torch.d
     block_size = config.block_size or (64 if on_gpu else 16)
     longest = model_config.max_model_len
     if config.max_model_len is not None and config.max_model_len > longest:
-        raise ValidationError(f"max_model_len={config.max_model_len} is beyond the {longest} positions that the model was made for: "
-                              "lower it, or set rope_scaling (YaRN) in config.json", parameter="max_model_len",
+        raise ValidationError(f"max_model_len={config.max_model_len} is beyond the {longest} positions that the model was made "
+                              "for: lower it, or set rope_scaling (YaRN) in config.json", parameter="max_model_len",
                               value=config.max_model_len)
     max_model_len = config.max_model_len or longest
     block_bytes = kv_bytes_per_block(model_config, block_size, dtype)
@@ -156,7 +156,7 @@ def decide_num_blocks(config: EngineConfig, block_bytes: int, block_size: int, m
     num_blocks = min(most, available // block_bytes)
     if num_blocks < 2:
         raise ValidationError(
-            f"no room for the KV cache: one block of {block_size} tokens takes {block_bytes:,} bytes and {available:,} are available. "
+            f"no room for the KV cache: one block of {block_size} tokens takes {block_bytes:,} bytes and {available:,} are there. "
             "Free memory, raise gpu_memory_utilization, lower block_size, or take a smaller model or dtype.",
             parameter="kv_cache_memory_bytes" if config.kv_cache_memory_bytes else "gpu_memory_utilization")
     return int(num_blocks)

@@ -285,16 +285,20 @@ def only_in_new_text(text, num_new, stops):
     return found and (found[0] + len(text) - num_new, found[1])
 
 
+def check_everything():
+    token_ids = [*make_tokenizer().encode("x a b你好 stop over " + FAMILY), byte_token(0xF0)]
+    check_stream(token_ids, [1])
+    check_stops(token_ids, ["er", "v"], [1])  # both in one token, " over"
+    check_stops(token_ids, [" stop ", "b你"], [1])
+
+
 @pytest.mark.parametrize(("name", "mistake"), [
     ("TextStream", PerTokenStream), ("TextStream", ForgetfulStream), ("find_stop", first_in_list),
     ("find_stop", only_in_new_text), ("num_held_back", lambda text, stops: 0),
 ])
 def test_a_planted_mistake_is_caught(monkeypatch, name, mistake):
-    """Decoding token by token, losing the end, another stop string's turn, a stop string across tokens, showing too early."""
+    """Decoding token by token, losing the end, taking the wrong stop string, missing one, showing too early: each is seen."""
+    check_everything()
     monkeypatch.setattr(detokenizer, name, mistake)
-    text = "x a b你好 stop over " + FAMILY
-    token_ids = [*make_tokenizer().encode(text), byte_token(0xF0)]
-    with pytest.raises(AssertionError):  # noqa: PT012 - any of these may see it
-        check_stream(token_ids, [1])
-        check_stops(token_ids, ["er", "v"], [1])  # both in one token, " over"
-        check_stops(token_ids, [" stop ", "b你"], [1])
+    with pytest.raises(AssertionError):
+        check_everything()

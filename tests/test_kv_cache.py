@@ -94,10 +94,7 @@ def test_t01_a_hash_dies_with_the_block_it_named():
     assert admit(manager, b) == [], "B begins otherwise, so its [0, 0] is not A's"
     leave(manager, b)
     c = make_request("C", [1, 1, 0, 0, 9])
-    hits, _ = manager.get_computed_blocks(c)
-    names = [manager.pool.block_hashes[block_id].token_ids for block_id in hits]
-    assert names == [(1, 1), (0, 0)][:len(hits)]
-    assert len(hits) < 2, "B took one of A's blocks, so at most A's first block is left"
+    assert manager.get_computed_blocks(c) == ([1], 2), "A's first block is left; its second was B's, and holds B's [0, 0] or [2, 2]"
 
 
 def test_t03_a_known_prompt_computes_its_last_token():
@@ -234,7 +231,7 @@ def test_truncate_gives_back_whole_blocks_beyond_the_cut():
 def test_full_sequence_must_fit_is_a_question_and_not_a_reservation():
     """Room for all known tokens is required, and only the tokens of this step are given room."""
     manager = KVCacheManager(4, 2, True, 16)
-    assert manager.allocate_slots(make_request("A", [1] * 7), 2, full_sequence_must_fit=True) is None, "7 tokens need 4 blocks of 3"
+    assert manager.allocate_slots(make_request("A", [1] * 7), 2, full_sequence_must_fit=True) is None, "4 blocks of 3"
     assert manager.allocate_slots(make_request("B", [1] * 6), 2, full_sequence_must_fit=True) == [1]
     assert manager.num_free_blocks == 2
 

@@ -8,6 +8,7 @@ import json
 import pytest
 
 pytest.importorskip("fastapi", reason="the server's tests need fastapi")
+pytest.importorskip("openai", reason="these tests need OpenAI's client")
 
 from openai.types import completion_create_params
 from openai.types.chat import completion_create_params as chat_create_params
@@ -63,6 +64,7 @@ BAD_COMPLETIONS = {
     "bias key": ({"logit_bias": {"five": 1}}, "logit_bias", "keys must be token ids, got 'five'"),
     "bias value": ({"logit_bias": {"5": 101}}, "logit_bias", "in [-100, 100]"),
     "greedy n": ({"n": 2, "temperature": 0}, "n", "n must be 1 when using greedy sampling"),
+    "too many answers": ({"n": 9000, "prompt": ["a", "b"], "temperature": 1}, "n", "more than 16384 answers"),
     "logprobs": ({"logprobs": -1}, "logprobs", "must be 0 or more"),
     "stream options": ({"stream_options": {"include_usage": True}}, "stream_options",
                        "Stream options can only be defined when `stream=True`."),

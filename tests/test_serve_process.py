@@ -11,6 +11,7 @@ import subprocess
 import pytest
 
 pytest.importorskip("fastapi", reason="the server's tests need fastapi")
+pytest.importorskip("openai", reason="these tests need OpenAI's client")
 
 import httpx
 import openai
@@ -25,8 +26,8 @@ HI = [{"role": "user", "content": "Hi"}]
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     folder = make_model_folder(tmp_path_factory.mktemp("model"))
-    flags = ["--max-model-len", "2048", "--num-blocks", "600", "--max-num-seqs", "8"]
-    with ServeProcess(folder, *flags, "--served-model-name", "tiny", "other") as one:
+    flags = ["--max-model-len", 2048, "--num-blocks", 600, "--max-num-seqs", 8, "--host", "0.0.0.0"]
+    with ServeProcess(folder, *flags, "--uvicorn-log-level", "error", "--served-model-name", "tiny", "other") as one:
         yield one
 
 
@@ -126,9 +127,9 @@ def test_stop_strings_and_tokens_end_an_answer(client):
     pieces = client.completions.create(model="tiny", prompt="Once", temperature=0, max_tokens=40, stop=[stop], stream=True)
     assert "".join(chunk.choices[0].text for chunk in pieces) == choice.text, "what might be a stop string is held back"
     extra = {"return_token_ids": True}
-    ids = client.completions.create(model="tiny", prompt="Once", temperature=0, max_tokens=9, extra_body=extra).choices[0].token_ids
-    by_id = client.completions.create(model="tiny", prompt="Once", temperature=0, max_tokens=9,
-                                      extra_body={"stop_token_ids": [ids[4]], "min_tokens": 2}).choices[0]
+    ids = client.completions.create(model="tiny", prompt="Once", extra_body=extra, **GREEDY).choices[0].token_ids
+    extra = {"stop_token_ids": [ids[4]], "min_tokens": 2}
+    by_id = client.completions.create(model="tiny", prompt="Once", extra_body=extra, **GREEDY).choices[0]
     assert (by_id.finish_reason, by_id.stop_reason) == ("stop", ids[4])
 
 
@@ -188,6 +189,12 @@ def test_t48_cancelled_streams_give_their_places_back(client):
     # Eight run at once: 10,000 steps would come first, and this would time out.
     answer = client.with_options(timeout=10).completions.create(model="tiny", prompt=[5] * 2000, max_tokens=2)
     assert answer.usage.completion_tokens == 2
+
+
+def test_an_open_address_without_a_key_is_warned_about(server):
+    """Serving the world is allowed, and said; --uvicorn-log-level error keeps the access log out."""
+    assert "listening on 0.0.0.0 without --api-key" in server.stderr
+    assert "GET /health" not in server.stdout
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="no curl on this machine")

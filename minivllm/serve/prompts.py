@@ -81,7 +81,8 @@ class PromptReader:
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         try:
-            return list(self.tokenizer.encode(text, add_special_tokens=add_special_tokens))
+            # verbose=False: transformers would warn about long texts, and the check of length is ours
+            return list(self.tokenizer.encode(text, add_special_tokens=add_special_tokens, verbose=False))
         except (TypeError, UnicodeError) as error:  # a lone surrogate: legal in JSON, no text
             raise ApiError(f"the prompt cannot be tokenised: {error}", param="prompt") from error
 

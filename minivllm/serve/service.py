@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from minivllm.request import RequestOutput
-from minivllm.sampling_params import SamplingParams
+from minivllm.sampling_params import MAX_N, SamplingParams
 from minivllm.serve.errors import ApiError
 from minivllm.serve.logprobs import TokenNames
 from minivllm.serve.prompts import Prompt, PromptReader
@@ -89,7 +89,9 @@ class Service:
 
     async def admit(self, prompts: Sequence[Prompt], params: SamplingParams, response_id: str,
                     cache_salt: str | None) -> list[Stream]:
-        """Queue one request per prompt, all or none. Raises `ValidationError` or `EngineDeadError`."""
+        """Queue one request per prompt, all or none. Raises `ApiError`, `ValidationError` or `EngineDeadError`."""
+        if len(prompts) * params.n > MAX_N:
+            raise ApiError(f"{len(prompts)} prompts x n={params.n} is more than {MAX_N} answers: split the request", param="n")
         # Numbered, because two clients may send the same X-Request-Id and the engine's ids must differ.
         entering = [
             asyncio.ensure_future(self.engine.add_request(prompt.token_ids, params, f"{response_id}-{next(self._numbers)}",
