@@ -39,6 +39,7 @@ class TextStream:
         self.waiting: list[int] = []  # what the stream has taken in since it last gave text
 
     def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of these tokens at once, without any tidying of spaces: what streaming has to add up to."""
         return self.tokenizer.decode(token_ids, skip_special_tokens=self.skip_special_tokens)
 
     def push(self, token_id: int) -> str:
@@ -73,6 +74,7 @@ class TextStream:
         return ""
 
     def _restart(self, token_ids: list[int]) -> None:
+        """Forget everything but these tokens, whose text is still to come."""
         self.waiting = token_ids
         self.stream = DecodeStream(ids=token_ids, skip_special_tokens=self.skip_special_tokens)
 
@@ -109,7 +111,7 @@ class IncrementalDetokenizer:
         `stop_terminated`: the last id is the EOS or a stop token. Such a token has no text, unless stop strings have.
         """
         assert not self.is_finished, "a request's text has ended, and tokens still come"
-        hidden = 1 if stop_terminated and not self.includes_stop else 0
+        hidden = 1 if stop_terminated and not self.includes_stop else 0  # its text, "<|im_end|>" say, is no part of the answer
         for token_id in new_token_ids[: len(new_token_ids) - hidden]:
             stop = self._append(token_id)
             if stop is not None:
@@ -124,7 +126,10 @@ class IncrementalDetokenizer:
         self.is_finished, self._num_held = True, 0
 
     def _append(self, token_id: int) -> str | None:
-        """Add one token's text. A stop string counts if it is complete, and more than min_tokens tokens are there."""
+        """Add one token's text. A stop string counts if it is complete, and more than min_tokens tokens are there.
+
+        As in vLLM a stop string may begin within the first min_tokens tokens, but not end there.
+        """
         self.num_tokens_kept += 1
         piece = "" if self.stream is None else self.stream.push(token_id)
         if not piece:
@@ -134,6 +139,7 @@ class IncrementalDetokenizer:
         if found is not None:
             start, stop = found
             self._text = self._text[: start + len(stop) if self.includes_stop else start]
+            # What still waits in the stream lies behind the stop string: it is dropped, not flushed.
             self.is_finished, self._num_held = True, 0
             return stop
         self._num_held = 0 if self.includes_stop else num_held_back(self._text, self.stops)
@@ -147,6 +153,7 @@ def find_stop(text: str, num_new: int, stops: Sequence[str]) -> tuple[int, str] 
     """
     found = []
     for stop in stops:
+        # From here on a stop string can't end in what an earlier call has searched: each character is looked at once.
         start = text.find(stop, max(0, len(text) - num_new - len(stop) + 1))
         if start >= 0:
             found.append((start + len(stop), start, stop))
@@ -154,7 +161,10 @@ def find_stop(text: str, num_new: int, stops: Sequence[str]) -> tuple[int, str] 
 
 
 def num_held_back(text: str, stops: Sequence[str]) -> int:
-    """The length of the longest end of the text that a stop string, longer than it, begins with."""
+    """The length of the longest end of the text that a stop string, longer than it, begins with: "a</s" and "</stop>" give 3.
+
+    No stop string that ends later can begin before these characters, so all text in front of them is certain.
+    """
     longest = 0
     for stop in stops:
         for length in range(min(len(stop) - 1, len(text)), longest, -1):

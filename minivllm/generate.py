@@ -45,7 +45,7 @@ class GenerationStats:
 
 
 def next_token_ids(model: Qwen2ForCausalLM, hidden: Tensor) -> Tensor:
-    """The likeliest next token after each of the rows (R, E): (R,). Lesson 4 replaces this line."""
+    """The likeliest next token after each of the rows (R, E): (R,). Lesson 4 replaces it by a choice."""
     return model.compute_logits(hidden).argmax(-1)
 
 
@@ -59,7 +59,8 @@ def greedy(
     Ends after max_new_tokens or with the first token that is in eos_token_ids. Counts a step for each pass over the model.
     """
     stats = stats or GenerationStats()
-    tokens, caches, num_computed = list(prompt_token_ids), [NoCache() for _ in model.model.layers], 0
+    caches = [NoCache() for _ in model.model.layers]
+    tokens, num_computed = list(prompt_token_ids), 0  # num_computed: for the counters only, nothing is kept
     for _ in range(max_new_tokens):
         ids = torch.tensor(tokens, device=model.lm_head.weight.device)  # (T,)
         hidden = model(ids, torch.arange(len(ids), device=ids.device), caches, SimpleNamespace(slot_mapping=None))  # (T, E)
@@ -67,7 +68,7 @@ def greedy(
         stats.recomputed_positions += num_computed
         stats.useful_positions += len(tokens) - num_computed
         num_computed = len(tokens)
-        tokens.append(int(next_token_ids(model, hidden[-1])))
+        tokens.append(int(next_token_ids(model, hidden[-1])))  # only the last row has seen every token
         if tokens[-1] in eos_token_ids:
             break
     return tokens[len(prompt_token_ids) :]
@@ -86,6 +87,7 @@ def dense_step(
     """Run Tq tokens of each of B neighboring rows, ids and positions (B, Tq), and return each row's next token (B,).
 
     A token stands in column first + position of its row; left padding has negative positions and so stands before `first`.
+    What padding computes is wrong and harmless: no mask shows it. `num_useful` of the B * Tq positions belong to a request.
     """
     metadata = DenseMetadata.build(positions + first[:, None], first, caches[0].max_len, first_row)
     hidden = model(ids.flatten(), positions.flatten(), caches, metadata)  # (T, E)
@@ -103,7 +105,7 @@ def greedy_cached(
     """The same tokens, with keys and values kept: the prompt once, then one position for each new token."""
     stats = stats or GenerationStats()
     tokens, num_computed = list(prompt_token_ids), 0
-    caches = dense_caches(model, 1, len(tokens) + max_new_tokens)
+    caches = dense_caches(model, 1, len(tokens) + max_new_tokens)  # reserved for the longest output, whatever comes
     first = torch.tensor([0], device=model.lm_head.weight.device)  # (B,) = (1,): no padding
     for _ in range(max_new_tokens):
         ids = torch.tensor([tokens[num_computed:]], device=first.device)  # (1, Tq): what is not in the cache yet
@@ -153,6 +155,7 @@ def greedy_static_batch(
     caches = dense_caches(model, len(prompts), ids.shape[1] + max(limits))
     running = [row for row, limit in enumerate(limits) if limit > 0]
     while running:
+        # The first pass computes all prompts, the later ones one column: a mask (B, 1) of True, for every row began long ago.
         next_ids = dense_step(model, caches, ids, positions, first, stats, num_useful=int(mask[running].sum()))  # (B,)
         stats.steps += 1
         for row in running:
@@ -170,7 +173,8 @@ def greedy_paged(
 ) -> list[list[int]]:
     """All prompts over one pool of blocks, taken in random order as they fill up: no padding, and requests leave when they end.
 
-    The bridge from lesson 7 to the engine: block tables without a manager, steps without a scheduler.
+    The bridge from lesson 7 to the engine: block tables without a manager, steps without a scheduler. The pool is large enough
+    for everybody, and nobody gives a block back; what happens when it is not is lesson 9.
     """
     stats = stats or GenerationStats()
     limits, tokens = as_limits(max_new_tokens, len(prompts)), [list(prompt) for prompt in prompts]
@@ -182,6 +186,7 @@ def greedy_paged(
     running = [row for row, limit in enumerate(limits) if limit > 0]
     while running:
         for row in running:
+            # A table grows only when the last block is full: at most block_size - 1 slots of a request are empty.
             while len(tables[row]) * block_size < len(tokens[row]):
                 tables[row].append(free.pop())
         next_ids = paged_step(model, caches, [tokens[row] for row in running], [num_computed[row] for row in running],
@@ -204,7 +209,10 @@ def paged_step(
     model: Qwen2ForCausalLM, caches: list[PagedAttention], tokens: list[list[int]], num_computed: list[int],
     block_tables: list[list[int]], stats: GenerationStats,
 ) -> list[int]:
-    """Compute what is not computed yet of each request, all in one flat batch (T,), and return each one's next token."""
+    """Compute what is not computed yet of each request, all in one flat batch (T,), and return each one's next token.
+
+    Prompts and single new tokens differ in nothing but their number: this is already the engine's step (lesson 9).
+    """
     device = model.lm_head.weight.device
     query_lens, seq_lens = [len(t) - done for t, done in zip(tokens, num_computed)], [len(t) for t in tokens]
     metadata = AttentionMetadata.build(query_lens, seq_lens, block_tables, caches[0].block_size, device)

@@ -19,7 +19,10 @@ from minivllm.request import Request
 
 
 class RequestQueue:
-    """Waiting requests in order. Any of them can leave from the middle in O(1), so an abort is as cheap among 10,000."""
+    """Waiting requests in order. Any of them can leave from the middle in O(1), so an abort is as cheap among 10,000.
+
+    An OrderedDict by id, as the block pool's free queue: a deque would search for the one that leaves.
+    """
 
     def __init__(self) -> None:
         self._requests: OrderedDict[str, Request] = OrderedDict()
@@ -47,7 +50,8 @@ class RequestQueue:
 def check_can_finish(request: Request, max_model_len: int, num_slots: int) -> None:
     """Raise `ValidationError` for a request that could not finish even alone, given `max_model_len` and the pool's KV slots.
 
-    The last token needs no slot: it is sampled, never computed.
+    The last token needs no slot: it is sampled, never computed. Nothing else can keep a request from ending: alone, it has
+    the whole budget and every block, and the tokens it has already sampled are counted in.
     """
     prompt = request.num_prompt_tokens
     if prompt == 0:

@@ -5,6 +5,10 @@ logits. What stays the same while the batch stays the same is built once; a step
 
     metadata = SamplingMetadata.from_requests(rows, vocab_size, device)     # requests joined or left
     metadata = metadata.advance(positions, token_ids)                       # the same requests, one token later
+
+Two kinds of parameters, two forms. One number a row (temperature, top_p, ...) is a tensor with a neutral value where it is
+off. A list of token ids (logit_bias, bad words, ...) is a table of (row, token id) pairs, so that its size is what was
+asked for, not rows x vocabulary; it is None if nobody asked. vLLM: v1/sample/metadata.py.
 """
 
 from __future__ import annotations
@@ -42,7 +46,7 @@ class RowParams:
 
 
 class TokenBias(NamedTuple):
-    """`logits[rows[i], ids[i]] += values[i]`."""
+    """logit_bias: `logits[rows[i], ids[i]] += values[i]`. A value of -inf bans the token."""
 
     rows: Tensor
     ids: Tensor
@@ -50,7 +54,10 @@ class TokenBias(NamedTuple):
 
 
 class EarlyStops(NamedTuple):
-    """Token ids[i] would end row rows[i], and may not be sampled at a position below until[i] (min_tokens)."""
+    """min_tokens: token ids[i] would end row rows[i], and may not be sampled at a position below until[i].
+
+    The position is compared on the device, so the table stays true while the row grows past it.
+    """
 
     rows: Tensor
     ids: Tensor
@@ -58,7 +65,10 @@ class EarlyStops(NamedTuple):
 
 
 class BadWords(NamedTuple):
-    """Row rows[i] may not sample last[i] where its newest tokens are prefixes[i] (W, P)."""
+    """W forbidden token sequences: row rows[i] may not sample last[i] where its newest tokens are prefixes[i] (W, P).
+
+    Shorter prefixes are filled up on the left with ANY_TOKEN: [7, 8, 9] and [5] become prefixes [7, 8] and [-1, -1].
+    """
 
     rows: Tensor
     prefixes: Tensor
@@ -102,7 +112,10 @@ class SamplingMetadata:
         return self.has_penalties or (self.bad_words is not None and self.bad_words.prefixes.shape[1] > 0)
 
     def advance(self, positions: Tensor, token_ids: Tensor | None = None) -> SamplingMetadata:
-        """The same rows at other positions, and with another history if one is given. Shares every other tensor."""
+        """The same rows at other positions (R,), and with another history (R, L) if one is given. Shares every other tensor.
+
+        With `needs_history`, L must be at least the largest position: nobody can check that without waiting for the device.
+        """
         return replace(self, positions=positions, token_ids=self.token_ids if token_ids is None else token_ids)
 
     def rows(self, rows: slice) -> SamplingMetadata:
@@ -112,7 +125,10 @@ class SamplingMetadata:
 
     @classmethod
     def from_requests(cls, rows: Sequence[RowParams], vocab_size: int, device: torch.device | str = "cpu") -> SamplingMetadata:
-        """Build everything for these rows: one copy to the device for all floats, one for all integers."""
+        """Build everything for these rows: two copies to the device for all plain numbers, one for each table in use.
+
+        0.14 ms for 64 plain rows. A runner builds anew when the batch changes and advances in between.
+        """
         device = torch.device(device)
         top_ks = [effective_top_k(row.params, vocab_size) for row in rows]
         bad_words = _bad_words(rows, device)
@@ -130,14 +146,17 @@ class SamplingMetadata:
 
 
 def effective_top_k(params: SamplingParams, vocab_size: int) -> int:
-    """top_k as a number in 1..vocab_size, where vocab_size keeps every token: that is what 0, -1 and greedy mean."""
+    """top_k as a number in 1..vocab_size, where vocab_size keeps every token: that is what 0, -1 and greedy mean.
+
+    One meaning of "off" instead of four, so that the sampler compares with one number.
+    """
     if params.is_greedy or params.top_k <= 0:
         return vocab_size
     return min(params.top_k, vocab_size)
 
 
 def _numbers(rows: Sequence[RowParams], top_ks: list[int], device: torch.device) -> dict[str, Any]:
-    """The fields that are one number a row: two copies to the device, each field a view."""
+    """The fields that are one number a row: a table of floats and one of integers are copied, each field is a line of one."""
     asked = [row.params for row in rows]
     floats = {
         "temperature": [p.temperature for p in asked],
@@ -160,7 +179,11 @@ def _numbers(rows: Sequence[RowParams], top_ks: list[int], device: torch.device)
 
 
 def _flags(asked: list[SamplingParams], top_ks: list[int], vocab_size: int) -> dict[str, Any]:
-    """What the host must know to leave work out. Greedy rows draw nothing, so they switch nothing on."""
+    """What the host must know to leave work out: to ask a tensor instead would make it wait for the device.
+
+    Greedy rows draw nothing, so they switch nothing on but penalties. A width is one number for the whole batch: what a
+    row keeps depends on its own k and p alone, however many logits are put in order for its neighbors.
+    """
     drawn = [(params, k) for params, k in zip(asked, top_ks) if not params.is_greedy]
     limited = [k for _, k in drawn if k < vocab_size]
     nucleus = [k for params, k in drawn if params.top_p < 1]
@@ -204,6 +227,7 @@ def _allowed_mask(rows: Sequence[RowParams], vocab_size: int, device: torch.devi
 
 
 def _bias(rows: Sequence[RowParams], device: torch.device) -> TokenBias | None:
+    """All rows' logit_bias as one list. A dict has no key twice, so no two entries are for the same logit."""
     entries = [(index, *entry) for index, row in enumerate(rows) for entry in (row.params.logit_bias or {}).items()]
     if not entries:
         return None
@@ -213,7 +237,10 @@ def _bias(rows: Sequence[RowParams], device: torch.device) -> TokenBias | None:
 
 
 def _early_stops(rows: Sequence[RowParams], device: torch.device) -> EarlyStops | None:
-    """Like vLLM's min_tokens: EOS is held off even where ignore_eos is set."""
+    """Every id that would end a row which is still below min_tokens: EOS ids and stop_token_ids.
+
+    As in vLLM, EOS is held off even where ignore_eos is set. A row that is past its min_tokens leaves nothing in the list.
+    """
     entries = [
         (index, token_id, row.num_prompt_tokens + row.params.min_tokens)
         for index, row in enumerate(rows)
@@ -224,6 +251,7 @@ def _early_stops(rows: Sequence[RowParams], device: torch.device) -> EarlyStops 
 
 
 def _bad_words(rows: Sequence[RowParams], device: torch.device) -> BadWords | None:
+    """All rows' bad words in one table, a line for each, aligned at the end of the word."""
     words = [(index, list(word)) for index, row in enumerate(rows) for word in row.bad_words_token_ids]
     if not words:
         return None
@@ -234,7 +262,7 @@ def _bad_words(rows: Sequence[RowParams], device: torch.device) -> BadWords | No
 
 
 def _to_device(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """One copy. From pinned memory it does not wait for the kernels that the GPU still has to run."""
+    """One copy. From pinned memory it is queued behind the kernels that the GPU still has to run, and does not wait for them."""
     tensor = torch.as_tensor(values, dtype=dtype)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 

@@ -196,23 +196,22 @@ class Scheduler:
         if request.num_cached_tokens < 0:  # its first admission, not a return after preemption
             request.num_cached_tokens = num_hit_tokens
             request.times.first_scheduled = self.clock()
-            self.stats.num_prompt_tokens += request.num_prompt_tokens
-            self.stats.prefix_cache_queries += request.num_tokens if self.kv_cache_manager.reads_cache(request) else 0
-            self.stats.prefix_cache_hits += num_hit_tokens
+            self.stats.count_admission(request, num_hit_tokens, self.kv_cache_manager.reads_cache(request))
         block_ids = self.kv_cache_manager.get_block_ids(request.request_id)
         self.next_output.new_requests.append(NewRequestData.from_request(request, block_ids))
 
     def _commit(self, request: Request, num_new_tokens: int, num_new_blocks: int) -> None:
-        """Count the tokens as computed, and publish the blocks they fill: who is admitted later in this step may hit them."""
-        start = request.num_computed_tokens
-        end = request.num_computed_tokens = start + num_new_tokens
+        """Count the tokens as computed, and publish the blocks that they fill.
+
+        Already now, because who is admitted later in this very step may hit them. That is sound as long as the model writes
+        the whole batch's K and V, layer by layer, before it reads, and as long as `rollback` follows a step that failed.
+        """
+        self.stats.count_tokens(request, num_new_tokens, num_new_blocks)
         self.next_output.num_scheduled_tokens[request.request_id] = num_new_tokens
+        end = request.num_computed_tokens = request.num_computed_tokens + num_new_tokens
+        request.max_num_computed_tokens = max(request.max_num_computed_tokens, end)
         # min: planning ahead, a token may be computed before it is known here, and without it the block has no name yet
         self.next_output.cached_block_ids += self.kv_cache_manager.cache_blocks(request, min(end, request.num_tokens))
-        self.stats.num_scheduled_tokens += num_new_tokens
-        self.stats.num_recomputed_tokens += max(0, min(end, request.max_num_computed_tokens) - start)
-        self.stats.num_blocks_allocated += num_new_blocks
-        request.max_num_computed_tokens = max(request.max_num_computed_tokens, end)
 
     def update_from_output(self, scheduler_output: SchedulerOutput, model_output: ModelOutput) -> list[Request]:
         """Append what a step sampled, end the requests that are done, and return those that got tokens, in the step's order.

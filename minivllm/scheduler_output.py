@@ -1,4 +1,4 @@
-"""Lesson 9. What scheduler, model runner and engine say to each other: plain records. No behavior, no torch, no blocks.
+"""Lesson 9. What scheduler, model runner and engine say to each other: plain records and counters, no torch.
 
     SchedulerOutput = schedule()                   who computes how many tokens, as differences from the step before
     ModelOutput     = execute_model(...)           what was sampled
@@ -109,3 +109,16 @@ class SchedulerStats:
     prefix_cache_queries: int = 0  # in tokens, as vLLM counts; returns after preemption are not counted
     prefix_cache_hits: int = 0
     discarded_positions: int = 0  # computed for a request that had ended or been preempted when the result came
+
+    def count_admission(self, request: Request, num_hit_tokens: int, reads_cache: bool) -> None:
+        """A first admission; a return after preemption is not counted again."""
+        self.num_prompt_tokens += request.num_prompt_tokens
+        self.prefix_cache_queries += request.num_tokens if reads_cache else 0
+        self.prefix_cache_hits += num_hit_tokens
+
+    def count_tokens(self, request: Request, num_new_tokens: int, num_new_blocks: int) -> None:
+        """A request's share of a step, before its progress moves on."""
+        num_lost = request.max_num_computed_tokens - request.num_computed_tokens  # of these, the first ones come again
+        self.num_scheduled_tokens += num_new_tokens
+        self.num_recomputed_tokens += min(num_new_tokens, max(0, num_lost))
+        self.num_blocks_allocated += num_new_blocks

@@ -23,7 +23,7 @@ from minivllm.model import Qwen2ForCausalLM
 
 @dataclass
 class SlotRequest:
-    """One prompt on its way; its tokens are the prompt's, then the output's."""
+    """One prompt on its way; its tokens are the prompt's, then the output's. Lesson 9's `Request` is the same idea, grown up."""
 
     prompt: list[int]
     limit: int
@@ -40,7 +40,10 @@ class SlotRequest:
 
 
 class SlotScheduler:
-    """Who sits in which row. A request is waiting, in exactly one row, or finished."""
+    """Who sits in which row. A request is waiting, in exactly one row, or finished.
+
+    A decode pass costs the same for one row as for all, so a free row while somebody waits is work thrown away.
+    """
 
     def __init__(self, requests: Sequence[SlotRequest], num_rows: int) -> None:
         self.waiting = deque(request for request in requests if not request.is_finished)
@@ -84,16 +87,21 @@ def greedy_continuous(
         if not running:
             return [request.output for request in requests]
         stats.steps += 1
+        # A batch kept tight, without rows of its own, would be copied whole whenever somebody joins or leaves.
         if seated or len(running) != num_before:
             stats.kv_slots_repacked += len(running) * max(request.num_tokens for request in running.values())
         num_before = len(running)
+        # Decodes before prefills: the pass over all rows leaves garbage in column 0 of rows that are free or newly seated.
         decode(model, caches, {row: request for row, request in running.items() if row not in seated}, stats)
         for row in seated:
             prefill(model, caches, row, running[row], stats)
 
 
 def decode(model: Qwen2ForCausalLM, caches: list[DenseCache], running: dict[int, SlotRequest], stats: GenerationStats) -> None:
-    """The newest token of each request, in one pass over all rows: an idle one computes token 0 in column 0, for nobody."""
+    """The newest token of each request, in one pass over all rows: an idle one computes token 0 in column 0, for nobody.
+
+    Leaving idle rows out would copy the others' keys and values next to each other, at every step.
+    """
     if not running:
         return
     num_rows, device = len(caches[0].keys), model.lm_head.weight.device
@@ -107,7 +115,11 @@ def decode(model: Qwen2ForCausalLM, caches: list[DenseCache], running: dict[int,
 
 
 def prefill(model: Qwen2ForCausalLM, caches: list[DenseCache], row: int, request: SlotRequest, stats: GenerationStats) -> None:
-    """The whole prompt of a request that was just seated, alone in its row, over whatever the row's last owner left."""
+    """The whole prompt of a request that was just seated, alone in its row, over whatever the row's last owner left.
+
+    What lies beyond the prompt needs no clearing: a column is shown by the mask only after its new owner has written it. The
+    other rows wait meanwhile; lesson 10 ends that.
+    """
     ids = torch.tensor([request.prompt], device=model.lm_head.weight.device)  # (1, Tq)
     positions = torch.arange(ids.shape[1], device=ids.device)[None]  # (1, Tq)
     next_ids = dense_step(model, caches, ids, positions, positions[:, 0], stats, num_useful=ids.numel(), first_row=row)  # (1,)

@@ -6,18 +6,22 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
+import httpx
 from serve_doubles import CHATML, make_tokenizer
 
 START_SECONDS = 120
+LONG = {"prompt": "Once", "max_tokens": 3000, "ignore_eos": True, "temperature": 0}
 
 
 def make_model_folder(path: Path) -> Path:
@@ -105,3 +109,28 @@ class ServeProcess:
             self.process.wait()
         self.out.close()
         self.err.close()
+
+
+class InFlight:
+    """A long request on a thread of its own. A streamed one is known to run when it has its first chunk."""
+
+    def __init__(self, server, **body):
+        self.lines, self.status, self.body = [], None, {}
+        self.has_begun = threading.Event()
+        self.thread = threading.Thread(target=self._run, args=(server.url, LONG | body))
+        self.thread.start()
+
+    def _run(self, url, body):
+        with httpx.stream("POST", url + "/v1/completions", json=body, timeout=60) as response:
+            self.status = response.status_code
+            if body.get("stream"):
+                for line in response.iter_lines():
+                    self.has_begun.set()
+                    self.lines += [line.removeprefix("data: ")] if line else []
+            else:
+                self.body = json.loads(response.read())
+
+    def result(self):
+        self.thread.join(10)
+        assert not self.thread.is_alive(), "the connection was closed"
+        return self

@@ -259,6 +259,7 @@ class ShadowEngine:
         self.residents[id(output)] = {request.request_id for request in self.scheduler.running}
         did_preempt = self.scheduler.stats.num_preemptions > num_preemptions
         self.check_amounts(output)
+        self.check_admissions(output)
         self.check_order(output, waiting, did_preempt)
         if not did_preempt:
             self.check_no_idling(output)
@@ -276,13 +277,16 @@ class ShadowEngine:
         if self.world.chunked and self.world.threshold and len(self.scheduler.requests) > 1:
             most = max(counts.values(), default=0)
             assert most <= self.world.threshold, f"one request gets {most} tokens, and the threshold is {self.world.threshold}"
+
+    def check_admissions(self, output: SchedulerOutput) -> None:
+        """Hits are whole blocks and never everything, chunks are allowed, and all known tokens of the newest would fit."""
         for new in output.new_requests:
             num_hits, size = new.num_computed_tokens, self.world.block_size
             assert num_hits % size == 0 and num_hits < len(new.token_ids), (
                 f"request {new.request_id} starts with {num_hits} of its {len(new.token_ids)} tokens computed")
             assert num_hits == 0 or (self.world.caching and not self.asked[new.request_id][3]), (
                 f"request {new.request_id} must not read the cache and hits {num_hits} tokens")
-            assert self.world.chunked or counts[new.request_id] == len(new.token_ids) - num_hits, (
+            assert self.world.chunked or output.num_scheduled_tokens[new.request_id] == len(new.token_ids) - num_hits, (
                 f"request {new.request_id} is cut into chunks although that is switched off")
         if output.new_requests:
             num_blocks = -(-len(new.token_ids) // self.world.block_size) - len(new.block_ids)

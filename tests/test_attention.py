@@ -150,7 +150,7 @@ def test_a_context_is_read_in_logical_order(seq_lens, block_size, seed):
 
 
 @given(lengths, st.integers(1, 5), st.sampled_from([(4, 4), (4, 2), (6, 1)]), st.integers(0, 99))
-@example([(1, 300), (1, 3), (1, 257), (130, 300), (129, 129)], 16, (4, 2), 0)
+@example([(1, 3000), (1, 3), (1, 1500), (1, 1400), (130, 300), (129, 129)], 16, (4, 2), 0)  # three gathers, several tiles
 def test_a_mixed_step_equals_each_request_alone(lens, block_size, heads, seed):
     """Decodes, prompts and later chunks in one step each get what they get alone, with contiguous keys and values."""
     lens = sorted(lens, key=lambda pair: pair[0] > 1)
@@ -363,15 +363,38 @@ def test_a_long_chunk_makes_no_matrix_of_scores():
     assert watch.largest <= largest, f"a tensor of {watch.largest:,} numbers was made, {largest:,} are enough"
 
 
-@given(st.lists(st.integers(1, 5000), min_size=1, max_size=40))
-def test_groups_hold_every_decode_once_and_waste_at_most_half(seq_lens):
-    """Every decode is in one group, and no context beyond 256 is padded to twice its length."""
-    groups = group_by_length(seq_lens)
+@given(st.lists(st.integers(1, 5000), min_size=1, max_size=40), st.integers(1, 9000))
+def test_groups_hold_every_decode_once_and_bound_their_padding(seq_lens, max_positions):
+    """Every decode is in one group, and a group of several, padded to its longest, reads no more positions than allowed."""
+    groups = group_by_length(seq_lens, max_positions)
     assert sorted(row for group in groups for row in group) == list(range(len(seq_lens))), f"{groups} loses or repeats a decode"
     for group in groups:
-        longest = max(seq_lens[row] for row in group)
-        for row in group:
-            assert longest < 2 * max(seq_lens[row], 256), f"a context of {seq_lens[row]} is padded to {longest}"
+        reads = len(group) * max(seq_lens[row] for row in group)
+        assert len(group) == 1 or reads <= max_positions, f"{len(group)} decodes read {reads:,} positions of {max_positions:,}"
+    assert len(groups) == 1 or len(seq_lens) * max(seq_lens) > max_positions, f"{len(groups)} groups where one would do"
+
+
+# ---- On a GPU ----
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_a_gpu_gives_the_same_without_waiting_for_it(dtype, tolerance):
+    """On a GPU each request gets what it gets on a CPU, and a layer after the first never waits for the device."""
+    world = make_world([*MIXED, (130, 300)], 4, dtype=dtype)
+    expected = world.expected()
+    world.cache.key_cache, world.cache.value_cache = world.cache.key_cache.cuda(), world.cache.value_cache.cuda()
+    q, lens = torch.cat([q for q, _, _ in world.requests]).cuda(), [(len(q), len(k)) for q, k, _ in world.requests]
+    query_lens, seq_lens = ([pair[i] for pair in lens] for i in (0, 1))
+    metadata = AttentionMetadata.build(query_lens, seq_lens, world.tables, 4, "cuda")
+    world.cache.attend(q, metadata)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        output = world.cache.attend(q, metadata)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    row, error = worst([one.cpu() for one in output.split(query_lens)], expected)
+    assert error < tolerance, f"request {row} {lens[row]} is off by {error:.1e} on a GPU in {dtype}"
 
 
 # ---- These tests can fail ----

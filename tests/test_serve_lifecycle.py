@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import socket
-import threading
 import time
 
 import pytest
@@ -14,11 +13,10 @@ import pytest
 pytest.importorskip("fastapi", reason="the server's tests need fastapi")
 
 import httpx
-from serve_process import FAULTY, ServeProcess, make_model_folder
+from serve_process import FAULTY, LONG, InFlight, ServeProcess, make_model_folder
 
 import minivllm
 
-LONG = {"prompt": "Once", "max_tokens": 3000, "ignore_eos": True, "temperature": 0}
 EMBEDDED = minivllm.__path__[-1] + "/tiny/model/config.json"
 SMALL = ["--num-blocks", "400"]
 
@@ -28,50 +26,30 @@ def folder(tmp_path_factory):
     return make_model_folder(tmp_path_factory.mktemp("model"))
 
 
-class InFlight:
-    """A request on a thread of its own. A streamed one is known to run when it has its first chunk."""
-
-    def __init__(self, server, **body):
-        self.lines, self.status, self.body = [], None, {}
-        self.has_begun = threading.Event()
-        self.thread = threading.Thread(target=self._run, args=(server.url, LONG | body))
-        self.thread.start()
-
-    def _run(self, url, body):
-        with httpx.stream("POST", url + "/v1/completions", json=body, timeout=60) as response:
-            self.status = response.status_code
-            if body.get("stream"):
-                for line in response.iter_lines():
-                    self.has_begun.set()
-                    self.lines += [line.removeprefix("data: ")] if line else []
-            else:
-                self.body = json.loads(response.read())
-
-    def result(self):
-        self.thread.join(10)
-        assert not self.thread.is_alive(), "the connection was closed"
-        return self
+def end(server, number):
+    """Stop a server that has streams and a whole request in flight, and check what each of them is told."""
+    streams = [InFlight(server, stream=True) for _ in range(3)]
+    whole = InFlight(server)
+    assert all(stream.has_begun.wait(30) for stream in streams)
+    time.sleep(0.2)  # for the whole one, which gives no sign
+    status, seconds = server.stop(number)
+    assert (status, seconds < 2) == (0, True), f"exit status {status} after {seconds:.1f} s"
+    for stream in streams:
+        *_, last, done = stream.result().lines
+        assert json.loads(last)["choices"][0]["finish_reason"] == "abort"
+        assert done == "[DONE]"
+    assert whole.result().body["choices"][0]["finish_reason"] == "abort"
+    assert "Traceback" not in server.stderr
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_process_within_two_seconds(folder, number):
-    """Requests in flight are aborted and told so, streams end with [DONE], and the exit status is 0."""
-    with ServeProcess(folder, *SMALL) as server:
-        streams = [InFlight(server, stream=True) for _ in range(3)]
-        whole = InFlight(server)
-        assert all(stream.has_begun.wait(30) for stream in streams)
-        time.sleep(0.2)  # for the whole one, which gives no sign
-        status, seconds = server.stop(number)
-        assert (status, seconds < 2) == (0, True), f"exit status {status} after {seconds:.1f} s"
-        for stream in streams:
-            *_, last, done = stream.result().lines
-            assert json.loads(last)["choices"][0]["finish_reason"] == "abort"
-            assert done == "[DONE]"
-        assert whole.result().body["choices"][0]["finish_reason"] == "abort"
-        assert "Traceback" not in server.stderr
+def test_t49_two_servers_live_side_by_side_and_each_ends_within_two_seconds_of_its_signal(folder):
+    """Ctrl-C and SIGTERM alike: requests in flight are aborted and told so, streams end with [DONE], the status is 0."""
+    with ServeProcess(folder, *SMALL) as one, ServeProcess(folder, *SMALL) as other:
+        end(one, signal.SIGINT)
+        end(other, signal.SIGTERM)
 
 
-def test_a_step_that_hangs_does_not_hold_up_the_end(folder, tmp_path):
+def test_a_step_that_hangs_does_not_hold_up_the_end(folder):
     """Two seconds, status 0, and an error event, even when the engine is in the middle of a minute's work."""
     with ServeProcess(folder, *SMALL, program=FAULTY) as server:
         stream = InFlight(server, stream=True)

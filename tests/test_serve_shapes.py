@@ -10,6 +10,8 @@ pytest.importorskip("fastapi", reason="the server's tests need fastapi")
 
 from serve_doubles import ScriptedEngine, ask, events
 
+from minivllm.serve.protocol import ChatBody, CompletionBody
+
 HELLO = {"prompt": "Once", "max_tokens": 3}
 CHAT = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3}
 LENGTH = {"finish_reason": "length", "stop_reason": None}
@@ -304,3 +306,11 @@ def test_texts_and_conversations_can_be_tokenised_and_back():
     assert ask("/detokenize", {"tokens": answer["tokens"]}).json() == {"prompt": "Once upon"}
     chat = ask("/tokenize", {"messages": CHAT["messages"]}).json()["tokens"]
     assert tokenizer.decode(chat).endswith("<|im_start|>assistant\n")
+
+
+def test_the_openapi_document_lists_every_field_that_is_read():
+    """/openapi.json is made from the models that read the bodies, with the four forms of a prompt spelled out."""
+    schemas = ask("/openapi.json", method="GET").json()["components"]["schemas"]
+    for body in (CompletionBody, ChatBody):
+        assert schemas[body.__name__]["properties"].keys() == body.model_fields.keys()
+    assert len(schemas["CompletionBody"]["properties"]["prompt"]["anyOf"]) == 4

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from minivllm.exceptions import ValidationError
+from minivllm.exceptions import EngineDeadError, ValidationError
 from minivllm.request import RequestOutput
 from minivllm.serve.errors import ApiError, error_response, to_api_error, to_json
 
@@ -109,7 +109,7 @@ class EventStream(Response):
         except ClientGoneError:
             pass
         except Exception as error:
-            if not isinstance(error, (ApiError, ValidationError)):
+            if not isinstance(error, (ApiError, ValidationError, EngineDeadError)):
                 logger.exception("a stream ended with an error")
             await self._send_error(error, scope, receive, send)
         finally:
