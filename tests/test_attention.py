@@ -109,9 +109,15 @@ def test_t23_a_padded_token_goes_to_the_null_block():
         assert is_null == [True, False, True], f"padding, a token and padding got slots {slots} with blocks of {block_size}"
 
 
+def zeroed(cache: PagedAttention) -> PagedAttention:
+    """With every block zeroed, as if all had been handed out."""
+    cache.zero_blocks(list(range(cache.key_cache.shape[1] // cache.block_size)))
+    return cache
+
+
 def test_t23_a_negative_slot_is_refused():
     """Writing to slot -1 is an error and changes nothing."""
-    cache = PagedAttention(3, 2, 1, 4)
+    cache = zeroed(PagedAttention(3, 2, 1, 4))
     with pytest.raises((IndexError, RuntimeError)):
         cache.write(torch.ones(1, 1, 4), torch.ones(1, 1, 4), torch.tensor([-1]))
     assert cache.key_cache.count_nonzero() == 0, "the refused token is in the cache"
@@ -119,7 +125,7 @@ def test_t23_a_negative_slot_is_refused():
 
 def test_t23_padded_tokens_write_to_the_null_block_only():
     """After a step of padding alone, every block that a request may own is as before."""
-    cache = PagedAttention(4, 2, 1, 4)
+    cache = zeroed(PagedAttention(4, 2, 1, 4))
     slots = slot_mapping(torch.tensor([[1, 2]]), torch.zeros(3, dtype=torch.int64), torch.full((3,), -1), 2)
     cache.write(torch.ones(3, 1, 4), torch.ones(3, 1, 4), slots)
     assert cache.key_cache[:, 2:].count_nonzero() == 0, "padding was written outside slots 0 and 1"
@@ -225,7 +231,7 @@ def test_t28_a_context_may_end_anywhere_in_a_block(num_queries):
 
 def test_t29_writing_changes_the_cache_itself():
     """A write lands in the very memory that was there before, at its slot and nowhere else."""
-    cache = PagedAttention(4, 2, 2, 4)
+    cache = zeroed(PagedAttention(4, 2, 2, 4))
     addresses = cache.key_cache.data_ptr(), cache.value_cache.data_ptr()
     k, v = torch.randn(3, 6, 4).split((2, 4), dim=1)[0], torch.randn(3, 2, 4)  # a slice of a fused projection, as in the model
     cache.write(k, v, torch.tensor([7, 2, 5]))
