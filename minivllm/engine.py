@@ -45,7 +45,7 @@ class LLMEngine:
         num_blocks, block_size, max_model_len = startup.resolved_sizes(self.config)
         self.kv_cache_manager = KVCacheManager(num_blocks, block_size, self.config.enable_prefix_caching, max_model_len)
         self.scheduler = Scheduler(self.config, self.kv_cache_manager, clock=clock)
-        self.input_processor = InputProcessor(self.config, self.model_config.vocab_size, self.tokenizer)
+        self.input_processor = InputProcessor(self.config, self.model_config.vocab_size, self.tokenizer, self.eos_token_ids)
         self.output_processor = OutputProcessor(self.tokenizer)
         self.trace = TraceRecorder(self.scheduler, self.config.trace)
         self.num_arrivals = 0

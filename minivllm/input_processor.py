@@ -37,12 +37,13 @@ class ProcessedInput:
 class InputProcessor:
     """Turns a prompt in any of its forms (str, token ids, {"prompt": ...}, {"prompt_token_ids": ...}) into a `ProcessedInput`."""
 
-    def __init__(self, config: EngineConfig, vocab_size: int, tokenizer: Any | None) -> None:
+    def __init__(self, config: EngineConfig, vocab_size: int, tokenizer: Any | None, eos_token_ids: Sequence[int] = ()) -> None:
         assert config.max_model_len is not None, "the engine resolves max_model_len before it takes requests"
         self.max_model_len = config.max_model_len
         self.max_logprobs = vocab_size if config.max_logprobs == -1 else config.max_logprobs
         self.vocab_size = vocab_size
         self.tokenizer = tokenizer
+        self.eos_token_ids = eos_token_ids
 
     def process(self, request_id: str, prompt: Any, params: SamplingParams, *, cache_salt: str | None = None,
                 arrival_time: float = 0.0) -> ProcessedInput:
@@ -107,6 +108,10 @@ class InputProcessor:
         """The checks that need the model: ids inside the vocabulary, logprobs below the engine's limit."""
         for parameter in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
             self._check_token_ids(parameter, list(getattr(params, parameter) or ()))
+        ends = {*self.eos_token_ids, *(params.stop_token_ids or ())}  # not to be sampled below min_tokens
+        if params.allowed_token_ids is not None and params.min_tokens > 0 and ends.issuperset(params.allowed_token_ids):
+            raise ValidationError("allowed_token_ids holds only tokens that end the answer, and min_tokens forbids them: allow "
+                                  "another token or set min_tokens=0", parameter="allowed_token_ids")
         for parameter in ("logprobs", "prompt_logprobs"):
             asked = getattr(params, parameter)
             wanted = self.vocab_size if asked == -1 else asked

@@ -9,7 +9,7 @@ server take differences.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from minivllm.detokenizer import IncrementalDetokenizer
@@ -89,6 +89,7 @@ class OutputProcessor:
         self.tokenizer = tokenizer
         self.states: dict[str, OutputState] = {}
         self.parents: dict[str, tuple[OutputState, ChildState]] = {}
+        self.token_texts: dict[int, str] = {}
 
     def add(self, processed: ProcessedInput, children: list[Request]) -> None:
         """Start keeping track of a request that the scheduler has accepted."""
@@ -105,14 +106,22 @@ class OutputProcessor:
             known = self.parents[request_id][0].prompt_logprobs
             # A preempted request computes its prompt again: what is known already is not taken twice.
             if known is not None and len(known) >= start:
-                known += entries[len(known) - start:]
+                known += map(self.name_tokens, entries[len(known) - start:])
         stopped = []
         for request in requests:
             child = self.parents[request.request_id][1]
-            child.update(output.logprobs.get(request.request_id, []))
+            child.update([self.name_tokens(entry) for entry in output.logprobs.get(request.request_id, ())])
             if child.stop_string is not None:
                 stopped.append(request.request_id)
         return stopped
+
+    def name_tokens(self, entry: dict[int, Logprob]) -> dict[int, Logprob]:
+        """The same logprobs with each token's text, as it looks alone: half a character is U+FFFD."""
+        if self.tokenizer is None:
+            return entry
+        for token_id in entry.keys() - self.token_texts.keys():
+            self.token_texts[token_id] = self.tokenizer.decode([token_id])
+        return {token_id: replace(logprob, decoded_token=self.token_texts[token_id]) for token_id, logprob in entry.items()}
 
     def collect(self, requests: list[Request]) -> list[RequestOutput]:
         """One `RequestOutput` for every user request that one of these belongs to; what has ended is forgotten."""

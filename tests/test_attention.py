@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from depth import examples
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tiny_models import ids, load_ours, our_logits, random_qwen2, relative_error
@@ -292,7 +293,7 @@ def expected_next(prompt: list[int]) -> int:
 chunk_lists = st.lists(st.integers(1, 7), min_size=1, max_size=5)
 
 
-@settings(max_examples=25)
+@settings(max_examples=examples(25))
 @given(chunk_lists, chunk_lists, st.integers(1, 5))
 def test_t25_a_prompt_in_chunks_equals_the_prompt(first_chunks, second_chunks, block_size):
     """Two prompts, each cut anywhere into chunks that share steps, end with the tokens that follow the whole prompts."""

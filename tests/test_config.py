@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from depth import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -196,7 +197,7 @@ SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_
 VALUES = SCALARS | st.lists(SCALARS, max_size=2) | st.dictionaries(st.sampled_from(list(YARN)), SCALARS)
 
 
-@settings(max_examples=300)
+@settings(max_examples=examples(300))
 @given(st.dictionaries(FIELDS, VALUES, max_size=3))
 def test_no_config_ends_in_anything_but_a_model_or_a_typed_error(fields):
     """Whatever a config holds, the answer is a config or an error of ours, never a TypeError deep inside."""

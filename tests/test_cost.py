@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from depth import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import ids, load_ours, random_qwen2
@@ -69,7 +70,7 @@ def test_kv_bytes_are_those_of_the_cache(shape):
     assert 10 * cost.kv_bytes_per_token(model.config, 4) == real, f"10 tokens take {real:,} bytes in the cache"
 
 
-@settings(max_examples=20)
+@settings(max_examples=examples(20))
 @given(st.sampled_from(range(len(SHAPES))), st.integers(1, 40))
 def test_flops_of_a_prompt_are_what_pytorch_counts(shape, num_tokens):
     """The operations of a prefill are those that PyTorch counts while the model runs it."""
@@ -81,7 +82,7 @@ def test_flops_of_a_prompt_are_what_pytorch_counts(shape, num_tokens):
     assert counted == real, f"a prompt of {num_tokens} tokens: {counted:,} by the formula, {real:,} by PyTorch"
 
 
-@settings(max_examples=20)
+@settings(max_examples=examples(20))
 @given(st.sampled_from(range(len(SHAPES))), st.integers(1, 6), st.integers(1, 40))
 def test_flops_of_a_decode_batch_are_what_pytorch_counts(shape, num_requests, context):
     """The operations of a decode step are those that PyTorch counts while a batch of equal contexts runs it."""

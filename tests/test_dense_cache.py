@@ -7,6 +7,7 @@ import tempfile
 
 import pytest
 import torch
+from depth import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import ids, load_ours, our_logits, random_qwen2, relative_error
@@ -90,7 +91,7 @@ def test_t29_appending_changes_the_cache_itself():
     assert view[:, [0, 2]].eq(1).all(), "a view taken before the append does not show it: the cache was copied"
 
 
-@settings(max_examples=20)
+@settings(max_examples=examples(20))
 @given(st.integers(1, 24), st.integers(0, 9))
 def test_cached_logits_equal_recomputed_ones(num_tokens, seed):
     """A sequence fed in pieces of random sizes has, at every position, the logits of the whole sequence at once."""

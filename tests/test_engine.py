@@ -196,6 +196,7 @@ BAD_REQUESTS = {
     "negative id": ([-1], {}, "Token id -1 is out of vocabulary"),
     "ids that are no integers": ([1.5], {}, "token ids"),
     "stop id out of range": ([1], {"stop_token_ids": [VOCAB]}, "out of vocabulary"),
+    "nothing may be sampled": ([1], {"allowed_token_ids": [5], "stop_token_ids": [5], "min_tokens": 1}, "only tokens that end"),
     "too many logprobs": ([1], {"logprobs": 21}, "logprobs"),
     "stop string without a tokenizer": ([1], {"stop": "x"}, "tokenizer"),
 }

@@ -7,6 +7,7 @@ import tempfile
 
 import pytest
 import torch
+from depth import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import random_qwen2
@@ -80,13 +81,31 @@ def check_workload(workload) -> LLM:
     return llm
 
 
-@settings(max_examples=max(200, settings().max_examples))
+@settings(max_examples=examples(200))
 @given(workloads())
 def test_tokens_equal_hugging_face_under_any_blocks_chunks_and_preemptions(workload):
     """The engine's greedy tokens are Hugging Face's for every shape, block size, pool, budget and cache setting."""
     llm = check_workload(workload)
     assert llm.engine.kv_cache_manager.usage == 0, "when all requests have ended, no block is in use"
     llm.close()
+
+
+def test_t42_the_oracle_has_no_hidden_repetition_penalty():
+    """A penalty in Hugging Face's generation_config does not reach the oracle; asked for openly, both apply the same one."""
+    model, folder = oracle(0, 4, 2, 2, False, "float64")
+    prompt = make_prompts([20], 0, 5)[0]
+    plain = hf_greedy(model, prompt, 16)
+    model.generation_config.repetition_penalty = 1.5
+    try:
+        hidden = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=16, min_new_tokens=16, eos_token_id=None,
+                                pad_token_id=0)[0, 20:].tolist()
+        assert hidden != plain, "a penalty of 1.5 should change this answer, or the test shows nothing"
+        assert hf_greedy(model, prompt, 16) == plain, "the oracle must not follow generation_config"
+    finally:
+        model.generation_config.repetition_penalty = 1.0
+    llm = LLM(folder, skip_tokenizer_init=True, dtype="float64", max_model_len=MAX_MODEL_LEN, device="cpu", num_blocks=20)
+    params = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True, repetition_penalty=1.5)
+    assert llm.generate([prompt], params, use_tqdm=False)[0].outputs[0].token_ids == hidden, "our penalty is Hugging Face's"
 
 
 TIGHT = {

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from depth import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import ids, load_ours, random_qwen2
@@ -89,7 +90,7 @@ def each(rung, case: Case) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
-@settings(max_examples=15)
+@settings(max_examples=examples(15))
 @given(workload=workloads())
 def test_recomputing_says_what_hugging_face_says(dtype, workload):
     """The loop that recomputes everything says what Hugging Face says, end-of-sequence token included."""
@@ -98,7 +99,7 @@ def test_recomputing_says_what_hugging_face_says(dtype, workload):
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
-@settings(max_examples=15)
+@settings(max_examples=examples(15))
 @given(workload=workloads())
 def test_caching_changes_no_token(dtype, workload):
     """With keys and values kept, the tokens are still Hugging Face's."""
@@ -107,7 +108,7 @@ def test_caching_changes_no_token(dtype, workload):
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
-@settings(max_examples=15)
+@settings(max_examples=examples(15))
 @given(workload=workloads())
 def test_padding_changes_no_token(dtype, workload):
     """In a left-padded batch each request says what it says alone."""
@@ -116,7 +117,7 @@ def test_padding_changes_no_token(dtype, workload):
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
-@settings(max_examples=15)
+@settings(max_examples=examples(15))
 @given(workload=workloads(), num_rows=st.integers(1, 4))
 def test_joining_and_leaving_changes_no_token(dtype, workload, num_rows):
     """However few the rows, and whoever had them before, each request says what it says alone."""
@@ -125,7 +126,7 @@ def test_joining_and_leaving_changes_no_token(dtype, workload, num_rows):
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
-@settings(max_examples=15)
+@settings(max_examples=examples(15))
 @given(workload=workloads(), block_size=st.integers(1, 17), seed=st.integers(0, 9))
 def test_t27_scattered_blocks_change_no_token(dtype, workload, block_size, seed):
     """Whatever the block size and the order of the blocks, each request says what it says alone."""

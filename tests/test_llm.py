@@ -113,6 +113,14 @@ def test_bad_words_and_biases_change_what_is_said():
     assert set(complete(STORY, greedy(6, allowed_token_ids=[5, 6])).token_ids) <= {5, 6}
 
 
+def test_logprobs_carry_each_tokens_text():
+    """Every listed token comes with its text, and the sampled ones joined are the answer."""
+    output = toy().generate([STORY], greedy(8, logprobs=2, prompt_logprobs=1), use_tqdm=False)[0]
+    answer = output.outputs[0]
+    assert "".join(entry[token].decoded_token for entry, token in zip(answer.logprobs, answer.token_ids)) == answer.text
+    assert all(logprob.decoded_token is not None for entry in output.prompt_logprobs[1:] for logprob in entry.values())
+
+
 def test_chat_refuses_what_it_cannot_render():
     """Wrong messages, a missing template and pictures are refused by name, and the engine serves the next conversation."""
     llm = toy()

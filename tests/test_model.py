@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from depth import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import hf_logits, ids, load_ours, our_logits, random_qwen2, relative_error
@@ -46,7 +47,7 @@ def check_parity(pair, length: int = 24, seed: int = 0, first_position: int = 0)
 # ---- Parity ----
 
 
-@settings(max_examples=25)
+@settings(max_examples=examples(25))
 @given(seed=st.integers(0, 9999), kv_heads=st.integers(1, 3), group=st.integers(1, 4), half_head=st.integers(1, 8),
        layers=st.integers(1, 3), tie=st.booleans(), length=st.integers(1, 40), dtype=st.sampled_from(["float64", "float32"]))
 def test_every_layer_equals_hugging_face(seed, kv_heads, group, half_head, layers, tie, length, dtype):
@@ -213,7 +214,7 @@ def test_compare_runs_from_the_command_line(capsys):
 # ---- RoPE ----
 
 
-@settings(max_examples=200)
+@settings(max_examples=examples(200))
 @given(seed=st.integers(0, 9999), half=st.integers(1, 32), near=st.integers(0, 100), distance=st.integers(0, 100))
 def test_rope_sees_only_the_distance(seed, half, near, distance):
     """The product of a rotated query and key depends on how far apart they stand, not on where."""
@@ -229,7 +230,7 @@ def test_rope_sees_only_the_distance(seed, half, near, distance):
     assert abs(here - there) < 1e-9, f"distance {distance}: {here} at 0, {there} at {near}"
 
 
-@settings(max_examples=50)
+@settings(max_examples=examples(50))
 @given(seed=st.integers(0, 9999), half=st.integers(1, 16), heads=st.integers(1, 4), tokens=st.integers(1, 5))
 def test_rope_turns_each_pair_as_one_complex_number(seed, half, heads, tokens):
     """The pair (i, i + D/2) of every head turns like a complex number by its token's i-th angle."""
@@ -248,7 +249,7 @@ def test_rotate_half_is_a_quarter_turn():
     assert turned == [-3.0, -4.0, 1.0, 2.0], f"(1, 2 | 3, 4) turns to {turned}"
 
 
-@settings(max_examples=150)
+@settings(max_examples=examples(150))
 @given(factor=st.floats(1, 64), original=st.integers(16, 65536), head=st.integers(1, 64), theta=st.floats(1e3, 1e7),
        options=st.fixed_dictionaries({}, optional={
            "beta_fast": st.floats(2, 64), "beta_slow": st.floats(0.1, 2), "truncate": st.booleans(),
@@ -299,7 +300,7 @@ def random_attention(seed: int, heads: int, kv_heads: int, queries: int, slots: 
     return q, k, v, mask
 
 
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 @given(seed=st.integers(0, 9999), kv_heads=st.integers(1, 3), group=st.integers(1, 7), queries=st.integers(1, 5),
        slots=st.integers(1, 9), dim=st.integers(1, 9))
 def test_t30_attention_equals_the_plain_sum(seed, kv_heads, group, queries, slots, dim):
@@ -309,7 +310,7 @@ def test_t30_attention_equals_the_plain_sum(seed, kv_heads, group, queries, slot
     assert error < 1e-12, f"{kv_heads * group} heads over {kv_heads}, {queries} queries, {slots} slots: off by {error:.1e}"
 
 
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 @given(seed=st.integers(0, 9999), batch=st.integers(1, 4), queries=st.integers(1, 4), slots=st.integers(1, 9))
 def test_attention_of_a_batch_is_that_of_its_rows(seed, batch, queries, slots):
     """A leading batch axis changes nothing, with a mask for each row."""
@@ -320,7 +321,7 @@ def test_attention_of_a_batch_is_that_of_its_rows(seed, batch, queries, slots):
         assert error < 1e-12, f"row {row} of {batch} is off by {error:.1e}"
 
 
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 @given(seed=st.integers(0, 9999), queries=st.integers(1, 4), used=st.integers(1, 5), unused=st.integers(1, 5),
        dtype=st.sampled_from(["float64", "float32", "bfloat16", "float16"]))
 def test_t24_slots_that_nobody_may_read_leave_no_trace(seed, queries, used, unused, dtype):

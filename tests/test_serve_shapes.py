@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 
 import pytest
 
@@ -260,6 +261,17 @@ def test_long_prompts_can_be_cut():
                  {"truncate_prompt_tokens": -1, "max_tokens": 2}):
         assert ask("/v1/completions", {"prompt": ids, **body}, engine=engine).status_code == 200
     assert [stream.prompt for stream in engine.streams] == [ids[-3:], ids[:3], ids[-6:]]
+
+
+def test_long_texts_are_tokenised_beside_the_event_loop():
+    """A text of thousands of characters would hold up everybody's stream; a short one is not worth a thread."""
+    engine, threads = ScriptedEngine(max_model_len=8192), []
+    encode = engine.tokenizer.encode
+    engine.tokenizer.encode = lambda text, **given: threads.append(threading.current_thread().name) or encode(text, **given)
+    for prompt in ("Once", "Once " * 1000):
+        assert ask("/v1/completions", {"prompt": prompt, "max_tokens": 0, "echo": True}, engine=engine).status_code == 200
+    on_worker = [name.startswith("minivllm-serve-tokenizer") for name in threads]
+    assert (on_worker[0], True in on_worker) == (False, True)
 
 
 def test_the_client_may_choose_the_id():

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import huggingface_hub
 import pytest
 import torch
+from depth import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -43,7 +44,7 @@ def rewrite(folder, change) -> None:
 # ---- Load ----
 
 
-@settings(max_examples=50)
+@settings(max_examples=examples(50))
 @given(kv_heads=st.integers(1, 3), group=st.integers(1, 4), half_head=st.integers(1, 3), inner=st.integers(1, 9),
        layers=st.integers(1, 3), tie=st.booleans())
 def test_t44_the_load_map_covers_every_row_exactly_once(kv_heads, group, half_head, inner, layers, tie):

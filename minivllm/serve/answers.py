@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -172,6 +172,3 @@ class Answer:
 
 def finish_fields(delta: Delta) -> dict[str, Any]:
     return {"finish_reason": delta.finish_reason, "stop_reason": delta.stop_reason}
-
-
-Entries = Sequence[Mapping[int, Logprob] | None]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from minivllm.request import RequestOutput
-from minivllm.serve.answers import Answer, Delta, Entries, finish_fields
-from minivllm.serve.logprobs import CompletionLogprobs, TextOffsets, prompt_logprobs_json
+from minivllm.serve.answers import Answer, Delta, finish_fields
+from minivllm.serve.logprobs import CompletionLogprobs, Entries, TextOffsets, prompt_logprobs_json
 from minivllm.serve.prompts import Prompt
 from minivllm.serve.protocol import CompletionBody
 

@@ -15,6 +15,7 @@ from minivllm.request import Logprob
 from minivllm.sampling_params import SamplingParams
 
 LOWEST = -9999.0  # JSON has no -inf; vLLM's stand-in
+Entries = Sequence[Mapping[int, Logprob] | None]  # one per token; None for a prompt's first, which nothing predicts
 
 
 def clamp(logprob: float) -> float:
@@ -83,8 +84,8 @@ class CompletionLogprobs:
         self.offsets = offsets
         self.as_ids = as_ids
 
-    def write(self, token_ids: Sequence[int], entries: Sequence[Mapping[int, Logprob] | None]) -> dict[str, list[Any]]:
-        """Four lists of equal length. An entry of None, the prompt's first token, is predicted by nothing: null."""
+    def write(self, token_ids: Sequence[int], entries: Entries) -> dict[str, list[Any]]:
+        """Four lists of equal length, with null for an entry of None."""
         tokens, values, tops = [], [], []
         for token_id, entry in zip(token_ids, entries):
             own = None if entry is None else entry[token_id]
@@ -117,7 +118,7 @@ def chat_logprobs(names: TokenNames, token_ids: Sequence[int], entries: Sequence
     return {"content": content, "refusal": None}
 
 
-def prompt_logprobs_json(names: TokenNames, entries: Sequence[Mapping[int, Logprob] | None] | None) -> list[Any] | None:
+def prompt_logprobs_json(names: TokenNames, entries: Entries | None) -> list[Any] | None:
     """vLLM's extra: for every prompt token null or {token id: {logprob, rank, decoded_token}}."""
 
     def show(token_id: int, logprob: Logprob) -> dict[str, Any]:
