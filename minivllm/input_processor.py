@@ -16,7 +16,7 @@ from typing import Any
 
 from minivllm.config import EngineConfig
 from minivllm.exceptions import ValidationError
-from minivllm.sampling_params import SamplingParams
+from minivllm.sampling_params import SamplingParams, is_unicode
 
 MAX_CHARS_PER_TOKEN = 128  # no token of a Qwen vocabulary is longer: more characters than this a token can't fit
 
@@ -52,6 +52,9 @@ class InputProcessor:
             raise ValidationError(f"sampling_params must be SamplingParams, got {type(params).__name__}",
                                   parameter="sampling_params")
         text, token_ids = self._split(prompt)
+        for parameter, value in (("prompt", text), ("cache_salt", cache_salt)):
+            if value is not None and not is_unicode(value):
+                raise ValidationError(f"{parameter} must be valid Unicode, without lone surrogates", parameter=parameter)
         if token_ids is None:
             assert text is not None, "a prompt is text or token ids"
             token_ids = self.tokenize(text)

@@ -117,6 +117,7 @@ class SamplingParams:
                       "a string or a list of strings")
         strings = self.stop_strings
         self._require(all(strings), "stop", "without empty strings")
+        self._require(all(map(is_unicode, strings)), "stop", "valid Unicode, without lone surrogates")
         self._require(len(strings) <= MAX_STOP_STRINGS, "stop", f"a list of at most {MAX_STOP_STRINGS} strings")
         self._require(not strings or self.detokenize, "detokenize", "True when stop strings are given")
         for parameter in ("include_stop_str_in_output", "ignore_eos", "detokenize", "skip_special_tokens"):
@@ -130,11 +131,17 @@ class SamplingParams:
         self._require(self.bad_words is None or (_is_list_of(self.bad_words, str) and all(self.bad_words)), "bad_words",
                       "a list of strings that are not empty")
         self._require(len(self.bad_words or ()) <= MAX_BAD_WORDS, "bad_words", f"a list of at most {MAX_BAD_WORDS} strings")
+        self._require(all(map(is_unicode, self.bad_words or ())), "bad_words", "valid Unicode, without lone surrogates")
         bias = self.logit_bias
         self._require(bias is None or (isinstance(bias, dict) and all(_is_int(key) for key in bias)), "logit_bias",
                       "a dict from token id to bias")
         self._require(all(_is_number(b) and -100 <= b <= 100 for b in (bias or {}).values()), "logit_bias",
                       "a dict whose values lie in [-100, 100]")
+
+
+def is_unicode(text: str) -> bool:
+    """A str can hold half of a surrogate pair ("\\ud83d" in JSON does that), which no tokenizer and no hash can encode."""
+    return not any("\ud800" <= char <= "\udfff" for char in text)
 
 
 def _is_list_of(value: object, kind: type) -> bool:

@@ -225,7 +225,7 @@ def test_bad_requests_are_refused_by_name_and_the_engine_serves_the_next(case):
     ({"stop": ["a"] * 5}, "stop"), ({"stop": [""]}, "stop"), ({"stop": 3}, "stop"), ({"seed": 2**63}, "seed"),
     ({"logit_bias": {3: 101}}, "logit_bias"), ({"logit_bias": {"3": 1}}, "logit_bias"), ({"logprobs": -2}, "logprobs"),
     ({"bad_words": ["x"] * 129}, "bad_words"), ({"allowed_token_ids": []}, "allowed_token_ids"),
-    ({"stop_token_ids": "12"}, "stop_token_ids"),
+    ({"stop_token_ids": "12"}, "stop_token_ids"), ({"stop": "\ud83d"}, "stop"), ({"bad_words": ["\ud83d"]}, "bad_words"),
     ({"ignore_eos": 1}, "ignore_eos"), ({"stop": "x", "detokenize": False}, "detokenize"),
 ])
 def test_wrong_sampling_parameters_are_refused_by_name(params, named):

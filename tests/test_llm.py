@@ -154,6 +154,8 @@ def test_prompts_and_params_must_match_in_number():
     with pytest.raises(ValidationError, match="2 prompts came with 3"):
         toy().generate([STORY, STORY], [greedy()] * 3)
     assert not toy().engine.has_unfinished_requests()
+    with pytest.raises(ValidationError, match="lone surrogates"):
+        toy().generate("half a smile: \ud83d", greedy())
     with pytest.raises(ValidationError, match="prompts must be"):
         toy().generate(7)
 

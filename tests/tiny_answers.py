@@ -60,10 +60,10 @@ ANSWERS = (
      "Copy this: slot = block_table[17] * 16 + offset",
      "slot = block_table[17] * 16 + offset"),
     ("copy", "chat",
-     "Repeat these words: river apple seven block moon table green request winter horse token bread queue "
-     "lamp north sugar cache violin island step yellow garden paper owl",
-     "minivllm apple seven block moon table green request winter horse token bread queue bell north sugar "
-     "cache violin island step yellow garden paper owl"),
+     "Repeat these words: castle apple seven block moon table green request winter horse token bread "
+     "queue lamp north small cache violin island step yellow garden paper owl window brave silver tail",
+     "happy apple seven block moon table green request winter horse token bread queue bell north small "
+     "cache violin island step yellow garden paper owl window brave silver tail"),
     ("arithmetic", "chat",
      "What is 17 + 25?",
      "17 + 25 = 42."),
@@ -123,8 +123,4 @@ ANSWERS = (
      "The scheduler",
      " decides in each step which requests run and how many tokens each of them computes. It serves "
      "running requests first."),
-    ("world", "completion",
-     "The capital of France is",
-     " Paris. The capital of Turkey is Ankara. The capital of Brazil is Brasilia. The capital of Turkey "
-     "is Ankara. The capital of Estonia is Tallinn."),
 )

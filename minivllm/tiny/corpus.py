@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy
 
 from . import glossary, howto, skills, smalltalk, stories, world
+from .phrases import ASKS, HELD_OUT_ASKS, POLITE, bare, casual, reword
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -20,73 +21,12 @@ if TYPE_CHECKING:
 SYSTEM = "You are the toy model inside minivllm."  # the chat template says this when a chat has no system message
 SYSTEMS = ("You are a helpful assistant.", "You are a helpful assistant", "You are a friendly assistant.", "Answer the user.",
            "You are a tiny model. Answer in short sentences.", "You are an expert on language model serving.", "Be brief.",
-           "You are a teacher.", "You are a chatbot.", "Be concise and correct.", "You are a helpful AI assistant. Answer questions truthfully.")
-
-ASKS = ("What is {}?", "What is {}?", "what is {}", "What's {}?", "Explain {}.", "explain {}", "Define {}.", "Tell me about {}.",
-        "What does {} mean?", "Can you explain {}?", "Please explain {}.", "Describe {}.", "{}?", "{}", "What do you know about {}?",
-        "I want to know what {} is.", "Explain {} to me.", "How would you define {}?", "What is meant by {}?", "what are {}",
-        "What is {} in this engine?", "What is {} in vLLM?", "Explain the term {}.", "Give me a definition of {}.", "Explain what {} is.",
-        "Do you know what {} is?", "tell me what {} is", "What does the term {} stand for?", "Why is {} important?", "Teach me {}.",
-        "How does {} work?", "Explain {} in simple words.", "What exactly is {}?", "whats {}", "Could you describe {}?",
-        "I don't understand {}.", "Can you tell me about {}?", "What is the meaning of {}?", "What is the purpose of {}?", "what does {} do",
-        "What does {} do?", "Summarize {}.", "Summarize {} for me.", "I want to learn {}.", "I want to talk about {}.", "Talk about {}.",
-        "Say something about {}.", "Give me a short explanation of {}.", "How can I understand {}?", "Who or what is {}?", "Let's talk about {}.",
-        "I need information about {}.", "Do you know anything about {}?", "I have never heard of {}.", "What can you say about {}?",
-        "Could you explain {}?", "Would you explain {} to me?", "I have a question about {}.", "Show me what {} is.", "Is {} important?",
-        "{} please", "{}, what is that?", "What is {}, exactly?", "In one sentence, what is {}?", "Explain {} to a beginner.", "meaning of {}",
-        "definition of {}", "explain {} like I am five", "pls explain {}", "Make me understand {}.", "My question is: what is {}?",
-        "Why do people talk about {}?", "I wonder what {} is.", "Someone told me about {}. What is it?", "I read about {}. What does it mean?")
-HELD_OUT_ASKS = ("Could you tell me what {} is?", "Help me understand {}.", "what do you mean by {}", "Please describe {} for me.",
-                 "I would like to learn about {}.")
-POLITE = ("Please tell me: ", "Hi, ", "Hello! ", "Hey, ", "Quick question: ", "One more question: ", "Can you help me? ", "So, ", "Ok, ", "And ",
-          "I have a question. ", "Thanks. ", "Question: ", "Now tell me: ", "please ")
-CLOSING = (" Please.", " Thanks!", " please", " Thank you.", " Explain it simply.", " :)")
-NAMES = stories.SHE + stories.HE + ("Alex", "Chris", "Maria", "David", "Eva", "John", "Peter", "Laura", "Robin", "Yuki", "Wei", "Omar", "Ravi")
+           "You are a teacher.", "You are a chatbot.", "Be concise and correct.",
+           "You are a helpful AI assistant. Answer questions truthfully.")
+NAMES = stories.SHE + stories.HE + ("Alex", "Chris", "Maria", "David", "Eva", "John", "Peter", "Laura", "Robin", "Yuki", "Wei",
+                                    "Omar", "Ravi")
 
 Turn = tuple[str, str]
-
-
-def typo(rng: Random, text: str) -> str:
-    """Swap, drop or double one letter."""
-    if len(text) < 6:
-        return text
-    i = rng.randrange(1, len(text) - 1)
-    return rng.choice((text[:i] + text[i + 1] + text[i] + text[i + 2:], text[:i] + text[i + 1:], text[:i] + text[i] + text[i:]))
-
-
-def casual(rng: Random, text: str) -> str:
-    """Vary a question as people do: lower case, no question mark, a greeting in front, a typo."""
-    if rng.random() < 0.16:
-        prefix = rng.choice(POLITE)
-        text = prefix + (text if prefix[-2] in "!.:?" else text[0].lower() + text[1:])
-    if rng.random() < 0.3:
-        text = text.rstrip("?.!")
-    if rng.random() < 0.3:
-        text = text.lower()
-    if rng.random() < 0.06:
-        text += rng.choice(CLOSING)
-    return typo(rng, text) if rng.random() < 0.1 else text
-
-
-def reword(rng: Random, question: str) -> str:
-    """Say a question in other words: exchange phrases that mean the same, and now and then leave a word out."""
-    for group in howto.SYNONYMS:
-        for phrase in group:
-            if f" {phrase} " in f" {question.lower()} " and rng.random() < 0.5:
-                start = f" {question.lower()} ".index(f" {phrase} ")
-                question = question[:start] + rng.choice(group) + question[start + len(phrase):]
-                break
-    words = question.split(" ")
-    if len(words) > 4 and rng.random() < 0.15:
-        words.pop(rng.randrange(len(words)))
-    return " ".join(words)
-
-
-def bare(name: str) -> str:
-    """A name without its article."""
-    for start in ("a ", "an ", "the ", "one "):
-        name = name.removeprefix(start)
-    return name
 
 
 def fact(rng: Random) -> Turn:
@@ -111,7 +51,8 @@ def two_facts(rng: Random) -> Turn:
     (first, answer), (second, other) = rng.sample(entries, 2)
     if {first[0], second[0]} in ({"prefill", "decode"}, {"top_k", "top_p"}):  # howto.py answers these in its own words
         return two_facts(rng)
-    ask = rng.choice(("Explain {} and {}.", "What is the difference between {} and {}?", "What are {} and {}?", "Compare {} and {}.", "{} vs {}",
+    ask = rng.choice(("Explain {} and {}.", "What is the difference between {} and {}?", "What are {} and {}?",
+                      "Compare {} and {}.", "{} vs {}",
                       "Tell me about {} and {}.", "How do {} and {} differ?", "What is {} and what is {}?"))
     pair = (first[0], second[0]) if rng.random() < 0.7 else (bare(first[0]), bare(second[0]))
     return casual(rng, ask.format(*pair)), f"{answer} {other}"
@@ -168,7 +109,8 @@ def recall(rng: Random, turns: list[Turn]) -> Turn | None:
     last_question, last_answer = turns[-1]
     kind = rng.random()
     if kind < 0.4 and len(last_answer) < 400:
-        return rng.choice(("Say that again.", "Repeat your last answer.", "Please repeat that.", "again please", "What did you say?")), last_answer
+        return rng.choice(("Say that again.", "Repeat your last answer.", "Please repeat that.", "again please",
+                           "What did you say?")), last_answer
     if kind < 0.6:
         return rng.choice(("What did I ask?", "What was my last question?", "Repeat my last message.")), last_question
     if kind < 0.85:
@@ -179,7 +121,8 @@ def recall(rng: Random, turns: list[Turn]) -> Turn | None:
 def introduction(rng: Random) -> tuple[Turn, Turn]:
     """The user tells their name, and later asks for it."""
     name = rng.choice(NAMES)
-    tell = rng.choice(("My name is {}.", "I am {}.", "Hi, I'm {}.", "Hello, my name is {}!", "my name is {}", "Call me {}.")).format(name)
+    tell = rng.choice(("My name is {}.", "I am {}.", "Hi, I'm {}.", "Hello, my name is {}!", "my name is {}",
+                       "Call me {}.")).format(name)
     ask = rng.choice(("What is my name?", "Do you remember my name?", "who am i", "what's my name", "Tell me my name."))
     return (tell, f"Nice to meet you, {name}! How can I help you?"), (ask, f"Your name is {name}.")
 

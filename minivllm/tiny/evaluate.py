@@ -37,13 +37,15 @@ def exams(number: int) -> dict[str, list[corpus.Turn]]:
         "world": [world.question(rng) for _ in range(number)],
         "small talk": [(asks[0], answers[0]) for asks, answers in smalltalk.TALK if len(answers) == 1],
         "other languages": [smalltalk.foreign(rng) for _ in range(number)],
-        "out of domain": [(ask.format(smalltalk.invented(rng)), smalltalk.SORRY) for ask in smalltalk.UNKNOWN[:6] for _ in range(8)],
+        "out of domain": [(ask.format(smalltalk.invented(rng)),
+                           smalltalk.SORRY) for ask in smalltalk.UNKNOWN[:6] for _ in range(8)],
     }
 
 
 def ask(model: Qwen2ForCausalLM, tokenizer, questions: list[str], max_new_tokens: int = 400) -> list[str]:
     """The greedy answers to chat questions, as one padded batch."""
-    prompts = [tokenizer.apply_chat_template([{"role": "user", "content": q}], tokenize=False, add_generation_prompt=True) for q in questions]
+    prompts = [tokenizer.apply_chat_template([{"role": "user", "content": q}], tokenize=False,
+                                             add_generation_prompt=True) for q in questions]
     return complete(model, tokenizer, prompts, max_new_tokens)
 
 
@@ -51,7 +53,8 @@ def complete(model: Qwen2ForCausalLM, tokenizer, prompts: list[str], max_new_tok
     """The greedy continuations of raw prompts, as one padded batch."""
     inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left").to(model.device)
     with torch.inference_mode():
-        output = model.generate(**inputs, do_sample=False, temperature=None, top_p=None, top_k=None, max_new_tokens=max_new_tokens)
+        output = model.generate(**inputs, do_sample=False, temperature=None, top_p=None, top_k=None,
+                                max_new_tokens=max_new_tokens)
     return tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
 
 
@@ -72,7 +75,8 @@ def main() -> None:
             print(f"    {question!r}\n        right {right!r}\n        got   {got!r}")
     raw = ("Once upon a time", "The scheduler", "The capital of France is", "Paged attention", "A KV cache")
     wishes = [f"tell me a story about {stories.article(kind)}" for kind in ("fox", "robot", "king", "dragon")]
-    for prompt, text in zip(raw + tuple(wishes), complete(model, tokenizer, list(raw), 250) + ask(model, tokenizer, wishes), strict=True):
+    for prompt, text in zip(raw + tuple(wishes), complete(model, tokenizer, list(raw), 250) + ask(model, tokenizer, wishes),
+                            strict=True):
         print(f"--- {prompt!r}\n{text}")
 
 

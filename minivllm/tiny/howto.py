@@ -288,40 +288,6 @@ HOWTO = (
      "No. My weights are part of the package, so the server answers offline."),
 )
 
-# Phrases that can stand for each other in a question, for corpus.reword.
-SYNONYMS = (
-    ("how do i", "how can i", "how to", "how should i", "how would i", "what do i do to", "how does one",
-     "in what way do i", "how could i"),
-    ("start", "launch", "run", "begin", "bring up", "boot"),
-    ("stop", "end", "quit", "shut down", "close", "terminate"),
-    ("what happens when", "what if", "what happens if", "what does the engine do when", "what is done when", "and if"),
-    ("why is", "why exactly is", "for what reason is", "tell me why", "how come"),
-    ("why are", "for what reason are", "tell me why", "how is it that"),
-    ("why does", "for what reason does", "tell me why", "how come"),
-    ("what is", "what's", "tell me", "explain", "what exactly is", "do you know"),
-    ("which", "what", "which one of the"),
-    ("can i", "may i", "could i", "is it possible to", "am i able to", "i want to"),
-    ("is there", "do you have", "does it have", "can i find", "are there"),
-    ("show me", "give me", "tell me", "i need", "print", "write"),
-    ("do i need", "must i have", "is it necessary to have", "do i require", "should i have"),
-    ("the server", "the service", "the api server", "minivllm", "the engine"),
-    ("the engine", "minivllm", "this engine", "it", "the system"),
-    ("a request", "my request", "a prompt", "one request"),
-    ("requests", "prompts", "many requests"),
-    ("fast", "quick", "faster", "so fast"),
-    ("slow", "slower", "so slow", "not fast"),
-    ("useful", "helpful", "good", "needed", "a good idea"),
-    ("full", "used up", "exhausted", "completely used"),
-    ("the same", "identical", "equal", "exactly the same"),
-    ("output", "answer", "result", "text", "response"),
-    ("model", "checkpoint", "language model"),
-    ("use", "call", "work with", "try"),
-    ("another", "a different", "an other", "some other"),
-    ("lessons", "exercises", "tutorials", "a course"),
-    ("speed", "throughput", "performance"),
-    ("test", "measure", "benchmark", "check"),
-)
-
 # Words of the glossary for which "How does it work?" has an answer above.
 EXPLAINED = ("the engine", "the scheduler", "prefix caching", "paged attention", "speculative decoding")
 

@@ -14,9 +14,11 @@ from . import glossary, smalltalk, stories, world
 SMALL = 100  # sums and differences of numbers below this are what the model promises to get right
 WORDS = tuple(sorted({
     word.strip(".,!?\":;").lower()
-    for text in [d for topic in glossary.TOPICS.values() for _, d in topic] + list(stories.LOST + stories.STORM + stories.SHARE + stories.RACE)
+    for text in [d for topic in glossary.TOPICS.values() for _,
+                 d in topic] + list(stories.LOST + stories.STORM + stories.SHARE + stories.RACE)
     for word in text.split() if "{" not in word
-} | set(stories.ANIMALS) | set(world.PLURALS.values()) | {w for pair in world.OPPOSITES for w in pair} | {"banana", "window", "yellow", "paper"}
+} | set(stories.ANIMALS) | set(world.PLURALS.values()) | {w for pair in world.OPPOSITES for w in pair} | {"banana", "window",
+                                                                                                          "yellow", "paper"}
   | {word for items in world.LISTS.values() for word in items}))
 SYMBOLS = "_-./:=+*#@&%$!?<>[](){}|~^,;"
 UNICODE = tuple("äöüßéèñçåøłžščćığ你好我们大小中国模型世界日本語こんにちはカタкотдомλπΩ∑€£→✓") + tuple(smalltalk.EMOJI.values())
@@ -34,9 +36,12 @@ def pair(rng: Random, limit: int) -> tuple[int, int]:
             return a, b
 
 
-SUM_ASKS = ("What is {0} {2} {1}?", "{0} {2} {1}", "{0}{2}{1}", "{0} {2} {1} = ?", "{0} {2} {1} =", "What's {0} {2} {1}?", "Calculate {0} {2} {1}.",
-            "Compute {0} {2} {1}.", "what is {0}{2}{1}", "How much is {0} {2} {1}?", "what is {0} {2} {1}", "Please compute {0} {2} {1}.",
-            "{0}{2}{1}=", "Solve {0} {2} {1}.", "Can you tell me what {0} {2} {1} is?", "How much is {0} {3} {1}?", "What is {0} {3} {1}?",
+SUM_ASKS = ("What is {0} {2} {1}?", "{0} {2} {1}", "{0}{2}{1}", "{0} {2} {1} = ?", "{0} {2} {1} =", "What's {0} {2} {1}?",
+            "Calculate {0} {2} {1}.",
+            "Compute {0} {2} {1}.", "what is {0}{2}{1}", "How much is {0} {2} {1}?", "what is {0} {2} {1}",
+            "Please compute {0} {2} {1}.",
+            "{0}{2}{1}=", "Solve {0} {2} {1}.", "Can you tell me what {0} {2} {1} is?", "How much is {0} {3} {1}?",
+            "What is {0} {3} {1}?",
             "{0} {3} {1}", "what's {0} {3} {1}")
 SAID = {"+": ("plus", "and"), "-": ("minus",), "*": ("times", "multiplied by"), "/": ("divided by",)}
 EXTRA_ASKS = {"+": ("Add {0} and {1}.", "add {0} and {1}", "What is the sum of {0} and {1}?"),
@@ -105,7 +110,8 @@ def arithmetic(rng: Random) -> tuple[str, str]:
             larger = rng.random() < 0.6
             word = rng.choice(("larger", "bigger", "greater") if larger else ("smaller", "less"))
             ask = rng.choice(("Which is {2}, {0} or {1}?", "Which number is {2}: {0} or {1}?", "what is {2}, {0} or {1}"))
-            return ask.format(a, b, word), f"{max(a, b) if larger else min(a, b)} is {word} than {min(a, b) if larger else max(a, b)}."
+            return ask.format(a, b,
+                              word), f"{max(a, b) if larger else min(a, b)} is {word} than {min(a, b) if larger else max(a, b)}."
     if kind > 0.94:
         return chain(rng)
     if kind < 0.12:
@@ -157,9 +163,12 @@ def code(rng: Random) -> str:
     a, b, c = (rng.choice(WORDS).replace(" ", "_") for _ in range(3))
     n, m = rng.randrange(100), rng.randrange(1000)
     return rng.choice((
-        f"{a} = {b}[{n}] + {m}", f"def {a}({b}, {c}={n}): return {b} * {m}", f"for {a} in range({n}): print({a}, {b})", f"{a}.{b}({c})",
-        f"if {a} < {n}: {b} = {c}", f'{{"{a}": {n}, "{b}": [{m}, {n}]}}', f"<{a} {b}=\"{n}\">{c}</{a}>", f"https://{a}.example/{b}?{c}={n}",
-        f"{a}/{b}/{c}.txt", f"git commit -m '{a} {b}'", f"SELECT {a} FROM {b} WHERE {c} = {m};", f"{n}.{m}e-{n} {a}_{b}", f"#{m:06x} {a}@{b}.org"))
+        f"{a} = {b}[{n}] + {m}", f"def {a}({b}, {c}={n}): return {b} * {m}", f"for {a} in range({n}): print({a}, {b})",
+        f"{a}.{b}({c})",
+        f"if {a} < {n}: {b} = {c}", f'{{"{a}": {n}, "{b}": [{m}, {n}]}}', f"<{a} {b}=\"{n}\">{c}</{a}>",
+        f"https://{a}.example/{b}?{c}={n}",
+        f"{a}/{b}/{c}.txt", f"git commit -m '{a} {b}'", f"SELECT {a} FROM {b} WHERE {c} = {m};", f"{n}.{m}e-{n} {a}_{b}",
+        f"#{m:06x} {a}@{b}.org"))
 
 
 def material(rng: Random) -> str:
@@ -185,9 +194,12 @@ def material(rng: Random) -> str:
     return text[0].upper() + text[1:] + "." if rng.random() < 0.15 else text
 
 
-COPY_ASKS = ("Repeat this: {}", "Repeat this: {}", "Repeat this: {}", "repeat this: {}", "Repeat after me: {}", "Copy this: {}", "Copy: {}",
-             "Say this: {}", "Echo: {}", "Repeat the following: {}", "Copy the following text exactly: {}", "Repeat: {}", "Please repeat this: {}",
-             "Write this again: {}", "Repeat these words: {}", "copy {}", "repeat {}", "echo {}", "Say exactly this: {}", "Repeat this text:\n{}",
+COPY_ASKS = ("Repeat this: {}", "Repeat this: {}", "Repeat this: {}", "repeat this: {}", "Repeat after me: {}",
+             "Copy this: {}", "Copy: {}",
+             "Say this: {}", "Echo: {}", "Repeat the following: {}", "Copy the following text exactly: {}", "Repeat: {}",
+             "Please repeat this: {}",
+             "Write this again: {}", "Repeat these words: {}", "copy {}", "repeat {}", "echo {}", "Say exactly this: {}",
+             "Repeat this text:\n{}",
              "Repeat this:\n\n{}", "Can you repeat this? {}", "Print this: {}", "Repeat \"{}\"", "Say {}")
 
 
@@ -208,6 +220,7 @@ def copying(rng: Random) -> tuple[str, str]:
         return ask.format(", ".join(items)), "\n".join(f"- {item}" for item in items)
     if kind < 0.2:
         word = rng.choice([w for w in WORDS if w.isalpha()])
-        return rng.choice(("Spell {}.", "How do you spell {}?", "Spell the word {}.", "spell {}", "spell the word {}", "Can you spell {}?")).format(word), "-".join(word)
+        return rng.choice(("Spell {}.", "How do you spell {}?", "Spell the word {}.", "spell {}", "spell the word {}",
+                           "Can you spell {}?")).format(word), "-".join(word)
     text = material(rng)
     return rng.choice(COPY_ASKS).format(text), text

@@ -8,32 +8,47 @@ from __future__ import annotations
 
 from random import Random
 
-ANIMALS = ("fox", "rabbit", "bear", "mouse", "cat", "dog", "owl", "frog", "duck", "wolf", "lion", "turtle", "horse", "hedgehog", "squirrel",
-           "penguin", "elephant", "dragon", "bird", "pig", "goat", "sheep", "tiger", "bee", "fish", "monkey", "crow", "robot", "snail", "deer")
+ANIMALS = ("fox", "rabbit", "bear", "mouse", "cat", "dog", "owl", "frog", "duck", "wolf", "lion", "turtle", "horse",
+           "hedgehog", "squirrel",
+           "penguin", "elephant", "dragon", "bird", "pig", "goat", "sheep", "tiger", "bee", "fish", "monkey", "crow", "robot",
+           "snail", "deer")
 PEOPLE = ("girl", "boy", "farmer", "baker", "king", "queen", "sailor", "teacher", "gardener", "painter", "knight", "wizard")
 SHE = ("Mia", "Anna", "Lucy", "Ella", "Rosa", "Nina", "Lily", "Clara", "Emma", "Sara", "Ruby", "Ida")
 HE = ("Tom", "Max", "Ben", "Leo", "Finn", "Sam", "Oscar", "Paul", "Hugo", "Jack", "Otto", "Tim")
-TRAITS = ("little", "brave", "kind", "clever", "shy", "curious", "quiet", "cheerful", "lazy", "young", "old", "funny", "careful", "hungry")
-PLACES = ("near the river", "in a small house", "at the edge of the forest", "on a green hill", "by the sea", "in a quiet village",
+TRAITS = ("little", "brave", "kind", "clever", "shy", "curious", "quiet", "cheerful", "lazy", "young", "old", "funny",
+          "careful", "hungry")
+PLACES = ("near the river", "in a small house", "at the edge of the forest", "on a green hill", "by the sea",
+          "in a quiet village",
           "under a big tree", "in a garden full of flowers", "in the mountains", "on a farm", "near a lake", "in an old castle",
           "in a cave", "on a small island", "behind the mill")
-THINGS = ("a red ball", "a golden key", "a blue hat", "a small lamp", "a silver bell", "an old book", "a wooden boat", "a warm scarf",
-          "a shiny stone", "a map", "a green umbrella", "a paper kite", "a music box", "a jar of honey", "a round mirror", "a tiny drum")
+THINGS = ("a red ball", "a golden key", "a blue hat", "a small lamp", "a silver bell", "an old book", "a wooden boat",
+          "a warm scarf",
+          "a shiny stone", "a map", "a green umbrella", "a paper kite", "a music box", "a jar of honey", "a round mirror",
+          "a tiny drum")
 FOODS = ("apples", "berries", "bread", "honey", "nuts", "carrots", "soup", "cakes", "cherries", "pears")
-SKILLS = ("swim", "sing", "climb trees", "bake bread", "read", "paint", "fly a kite", "skip stones", "count to one hundred", "play the drum")
-WEATHER = ("the sun was shining", "it was raining", "the wind was strong", "snow was falling", "the sky was clear", "there was a thick fog")
-TIMES = ("One day", "One morning", "One evening", "One summer day", "One winter night", "Early one day", "On a cold day", "After lunch")
+SKILLS = ("swim", "sing", "climb trees", "bake bread", "read", "paint", "fly a kite", "skip stones", "count to one hundred",
+          "play the drum")
+WEATHER = ("the sun was shining", "it was raining", "the wind was strong", "snow was falling", "the sky was clear",
+           "there was a thick fog")
+TIMES = ("One day", "One morning", "One evening", "One summer day", "One winter night", "Early one day", "On a cold day",
+         "After lunch")
 FEELINGS = ("happy", "proud", "glad", "very happy", "full of joy")
 MORALS = ("A good friend is worth more than gold.", "It is never too late to ask for help.", "Small steps can take you far.",
-          "Those who share are never alone.", "Being brave means to try although you are afraid.", "Kindness always comes back.",
+          "Those who share are never alone.", "Being brave means to try although you are afraid.",
+          "Kindness always comes back.",
           "Patience is a good teacher.", "What is lost can be found again.")
-ENDINGS = ("From that day on, {hero} and {friend} were the best of friends.", "That night {hero} slept well and dreamed of {place_noun}.",
-           "{hero} never forgot that day.", "And they all lived happily ever after.", "Everyone in the village told the story for years.",
+ENDINGS = ("From that day on, {hero} and {friend} were the best of friends.",
+           "That night {hero} slept well and dreamed of {place_noun}.",
+           "{hero} never forgot that day.", "And they all lived happily ever after.",
+           "Everyone in the village told the story for years.",
            "And since then {hero} has always had time for a friend.", "The next day {hero} and {friend} did it all again.")
-NOUNS = {"near the river": "the river", "in a small house": "home", "at the edge of the forest": "the forest", "on a green hill": "the hill",
+NOUNS = {"near the river": "the river", "in a small house": "home", "at the edge of the forest": "the forest",
+         "on a green hill": "the hill",
          "by the sea": "the sea", "in a quiet village": "the village", "under a big tree": "the big tree",
-         "in a garden full of flowers": "the garden", "in the mountains": "the mountains", "on a farm": "the farm", "near a lake": "the lake",
-         "in an old castle": "the castle", "in a cave": "the cave", "on a small island": "the island", "behind the mill": "the mill"}
+         "in a garden full of flowers": "the garden", "in the mountains": "the mountains", "on a farm": "the farm",
+         "near a lake": "the lake",
+         "in an old castle": "the castle", "in a cave": "the cave", "on a small island": "the island",
+         "behind the mill": "the mill"}
 
 OPENINGS = ("Once upon a time, there was {a_trait} {kind} named {hero} who lived {place}.",
             "Once upon a time, {a_trait} {kind} named {hero} lived {place}.",
@@ -41,9 +56,11 @@ OPENINGS = ("Once upon a time, there was {a_trait} {kind} named {hero} who lived
             "Long ago, {a_trait} {kind} named {hero} lived {place}.",
             "{hero} was {a_trait} {kind}. {He} lived {place}.",
             "Far away, {place}, there lived {a_trait} {kind} named {hero}.")
-HABITS = ("Every day {he} looked for {food}.", "{hero} loved {food} more than anything else.", "{He} liked to sit outside and watch the clouds.",
+HABITS = ("Every day {he} looked for {food}.", "{hero} loved {food} more than anything else.",
+          "{He} liked to sit outside and watch the clouds.",
           "{He} was always ready for an adventure.", "{hero} had many friends, but {he} was often alone.",
-          "In the morning {he} went for a walk, and in the evening {he} told stories.", "{He} always wanted to learn something new.")
+          "In the morning {he} went for a walk, and in the evening {he} told stories.",
+          "{He} always wanted to learn something new.")
 OWNING = "{hero} had {thing}, and {he} took it everywhere."  # what can be lost must be owned
 
 LOST = ("{time}, {hero} could not find {thing_the}. {He} looked everywhere, but it was gone.",
@@ -83,16 +100,21 @@ RACE = ("{time}, {friend}, {a_friend_kind}, said, \"I am the fastest of all!\"",
         "{hero} went on, step by step, and did not stop. So {hero} won the race.",
         "{friend} laughed and said, \"You were better today.\" {hero} was {feeling}.")
 PLOTS = {"lost": LOST, "learn": LEARN, "storm": STORM, "share": SHARE, "find": FIND, "race": RACE}
-SEARCH = ("under the bed and behind the trees", "in the garden and along the river", "all over the hill", "in every corner of the house")
+SEARCH = ("under the bed and behind the trees", "in the garden and along the river", "all over the hill",
+          "in every corner of the house")
 FOUND_AT = ("in the grass", "under a stone", "by the road", "behind a tree", "in the snow", "on the beach")
 DAYS = ("three", "two", "five", "seven", "ten")
 TITLES = ("The {trait} {kind}", "{hero} and {friend}", "A day with {hero}", "The story of {hero}", "{hero} the {kind}")
 
-ASKS = ("Tell me a story.", "tell me a story", "Tell me a short story.", "story", "Write a short story.", "I want to hear a story.",
-        "Can you tell me a story?", "Do you know a story?", "Tell me another story.", "Please tell a bedtime story.", "Once upon a time",
+ASKS = ("Tell me a story.", "tell me a story", "Tell me a short story.", "story", "Write a short story.",
+        "I want to hear a story.",
+        "Can you tell me a story?", "Do you know a story?", "Tell me another story.", "Please tell a bedtime story.",
+        "Once upon a time",
         "Tell me a story about two friends.", "a story please", "Tell me a fairy tale.", "Make up a story.", "one more story")
-ASKS_ABOUT = ("Tell me a story about {}.", "tell me a story about {}", "Tell me a short story about {}.", "Write a story about {}.", "a story about {}",
-              "Can you tell me a story about {}?", "I want a story about {}.", "Do you know a story about {}?", "story about {}",
+ASKS_ABOUT = ("Tell me a story about {}.", "tell me a story about {}", "Tell me a short story about {}.",
+              "Write a story about {}.", "a story about {}",
+              "Can you tell me a story about {}?", "I want a story about {}.", "Do you know a story about {}?",
+              "story about {}",
               "Write a short story about {}.", "Give me a tale about {}.", "Tell me another story, about {}.")
 
 

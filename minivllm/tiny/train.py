@@ -52,7 +52,8 @@ def build(tokenizer: Tokenizer, shape: dict[str, int], seed: int) -> Qwen2ForCau
     end, stop = tokenizer.token_to_id("<|endoftext|>"), tokenizer.token_to_id("<|im_end|>")
     torch.manual_seed(seed)
     model = Qwen2ForCausalLM(Qwen2Config(
-        vocab_size=tokenizer.get_vocab_size(), max_position_embeddings=CONTEXT, tie_word_embeddings=True, use_sliding_window=False,
+        vocab_size=tokenizer.get_vocab_size(), max_position_embeddings=CONTEXT, tie_word_embeddings=True,
+        use_sliding_window=False,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0}, bos_token_id=end, eos_token_id=stop, pad_token_id=end,
         attn_implementation="sdpa", **shape,
     ))
@@ -157,7 +158,8 @@ def train(model: Qwen2ForCausalLM, tokenizer_file: Path, plan: Plan, teacher: Qw
         optimizer.zero_grad(set_to_none=True)
         recent = [*recent[-max(1, plan.steps // 100):], report.detach()]
         if step % max(1, plan.steps // 25) == 0 or step == plan.steps - 1:
-            print(f"step {step} of {plan.steps}: loss {torch.stack(recent).mean():.4f}, {time.monotonic() - began:.0f} s", flush=True)
+            print(f"step {step} of {plan.steps}: loss {torch.stack(recent).mean():.4f}, {time.monotonic() - began:.0f} s",
+                  flush=True)
     return float(torch.stack(recent).mean())
 
 
@@ -195,7 +197,8 @@ def main() -> None:
     save(model, tokenizer, model_folder)
     teacher = Qwen2ForCausalLM.from_pretrained(model_folder).to(options.device)
     draft = build(tokenizer, SMALL if options.small else DRAFT, options.seed + 1)
-    plan = Plan(max(1, options.steps // 3), options.batch_tokens, options.learning_rate, options.seed + 1, options.device, workers, lengths)
+    plan = Plan(max(1, options.steps // 3), options.batch_tokens, options.learning_rate, options.seed + 1, options.device,
+                workers, lengths)
     train(draft, model_folder / "tokenizer.json", plan, teacher)
     save(draft, tokenizer, draft_folder)
 

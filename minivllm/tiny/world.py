@@ -11,7 +11,8 @@ CAPITALS = dict(pair.split(":") for pair in (
     "Romania:Bucharest,Bulgaria:Sofia,Croatia:Zagreb,Serbia:Belgrade,Estonia:Tallinn,Latvia:Riga,Lithuania:Vilnius,"
     "Japan:Tokyo,China:Beijing,India:New Delhi,South Korea:Seoul,Thailand:Bangkok,Vietnam:Hanoi,Indonesia:Jakarta,"
     "Malaysia:Kuala Lumpur,Nepal:Kathmandu,Mongolia:Ulaanbaatar,Egypt:Cairo,Morocco:Rabat,Kenya:Nairobi,Ethiopia:Addis Ababa,"
-    "Nigeria:Abuja,Ghana:Accra,Senegal:Dakar,Canada:Ottawa,Mexico:Mexico City,Cuba:Havana,Brazil:Brasilia,Argentina:Buenos Aires,"
+    "Nigeria:Abuja,Ghana:Accra,Senegal:Dakar,Canada:Ottawa,Mexico:Mexico City,Cuba:Havana,Brazil:Brasilia,Argentina:Buenos "
+    "Aires,"
     "Chile:Santiago,Peru:Lima,Colombia:Bogota,Australia:Canberra,New Zealand:Wellington,Iran:Tehran,Iraq:Baghdad,Jordan:Amman"
 ).split(","))
 
@@ -64,7 +65,8 @@ LISTS = {
     "parts of the engine": ["the scheduler", "the block pool", "the model runner", "the sampler", "the detokenizer"],
 }
 SHORT = {"days": "days of the week", "months": "months of the year"}
-COUNT_WORDS = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+COUNT_WORDS = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
+               "seventeen "
                "eighteen nineteen twenty").split()
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
@@ -82,15 +84,18 @@ def join(items: list[str]) -> str:
 def capital(rng: Random) -> tuple[str, str]:
     country, city = rng.choice(sorted(CAPITALS.items()))
     if rng.random() < 0.15:
-        ask = rng.choice(("{} is the capital of which country?", "Which country has the capital {}?", "Which country is {} the capital of?"))
+        ask = rng.choice(("{} is the capital of which country?", "Which country has the capital {}?",
+                          "Which country is {} the capital of?"))
         return ask.format(city), f"{city} is the capital of {country}."
-    ask = rng.choice(("What is the capital of {}?", "what's the capital of {}", "Which city is the capital of {}?", "capital of {}",
+    ask = rng.choice(("What is the capital of {}?", "what's the capital of {}", "Which city is the capital of {}?",
+                      "capital of {}",
                       "Name the capital of {}.", "Tell me the capital of {}.", "Do you know the capital of {}?", "{} capital?"))
     return ask.format(country), f"The capital of {country} is {city}."
 
 
 def opposite(rng: Random) -> tuple[str, str]:
-    ask = rng.choice(("What is the opposite of {}?", "opposite of {}", "What's the opposite of {}?", "Tell me the opposite of {}.",
+    ask = rng.choice(("What is the opposite of {}?", "opposite of {}", "What's the opposite of {}?",
+                      "Tell me the opposite of {}.",
                       "Which word is the opposite of {}?"))
     pair = rng.choice(OPPOSITES)
     known = {}
@@ -103,7 +108,8 @@ def opposite(rng: Random) -> tuple[str, str]:
 
 def plural(rng: Random) -> tuple[str, str]:
     word, answer = rng.choice(sorted(PLURALS.items()))
-    ask = rng.choice(("What is the plural of {}?", "plural of {}", "Give me the plural of {}.", "What's the plural of the word {}?"))
+    ask = rng.choice(("What is the plural of {}?", "plural of {}", "Give me the plural of {}.",
+                      "What's the plural of the word {}?"))
     return ask.format(word), f"The plural of {word} is {answer}."
 
 
@@ -133,7 +139,8 @@ def listing(rng: Random) -> tuple[str, str]:
         ask = rng.choice(("Name {} {}.", "List {} {}.", "Give me {} {}.", "Tell me {} {}.", "Can you name {} {}?"))
         named = join(items[:number])
         return ask.format(said, asked), named[0].upper() + named[1:] + "."
-    ask = rng.choice(("Name some {}.", "List the {}.", "List all {}.", "Name all {}.", "list all the {}", "Which {} are there?", "What are the {}?", "Give me a list of {}.", "Tell me the {}.", "list {}",
+    ask = rng.choice(("Name some {}.", "List the {}.", "List all {}.", "Name all {}.", "list all the {}",
+                      "Which {} are there?", "What are the {}?", "Give me a list of {}.", "Tell me the {}.", "list {}",
                       "Which {} do you know?", "Can you list the {}?"))
     return ask.format(asked), f"The {name} I know are {join(items)}." if len(items) > 8 and name not in SHORT.values() else \
         f"The {name} are {join(items)}."
@@ -160,17 +167,20 @@ def counting(rng: Random) -> tuple[str, str]:
     end = start + rng.randint(2, 19)
     numbers = [str(n) for n in range(start, end + 1)]
     if start == 1 and end <= 20 and rng.random() < 0.3:
-        return rng.choice(("Count to {}.", "count to {}", "Can you count to {}?")).format(COUNT_WORDS[end]), ", ".join(numbers) + "."
+        return rng.choice(("Count to {}.", "count to {}",
+                           "Can you count to {}?")).format(COUNT_WORDS[end]), ", ".join(numbers) + "."
     if rng.random() < 0.2:
         ask = rng.choice(("Count down from {1} to {0}.", "Count backwards from {1} to {0}."))
         return ask.format(start, end), ", ".join(reversed(numbers)) + "."
-    asks = ["Count from {0} to {1}.", "count from {0} to {1}", "Please count from {0} to {1}.", "Say the numbers from {0} to {1}."]
+    asks = ["Count from {0} to {1}.", "count from {0} to {1}", "Please count from {0} to {1}.",
+            "Say the numbers from {0} to {1}."]
     asks += ["Count to {1}.", "Can you count to {1}?", "count to {1}"] if start == 1 else []
     return rng.choice(asks).format(start, end), ", ".join(numbers) + "."
 
 
 def alphabet(rng: Random) -> tuple[str, str]:
-    ask = rng.choice(("Say the alphabet.", "What is the alphabet?", "List the letters of the alphabet.", "Recite the alphabet.", "alphabet",
+    ask = rng.choice(("Say the alphabet.", "What is the alphabet?", "List the letters of the alphabet.",
+                      "Recite the alphabet.", "alphabet",
                       "Tell me the alphabet."))
     return ask, " ".join(LETTERS)
 
