@@ -39,10 +39,9 @@ class GenerationDefaults:
     eos_token_ids: tuple[int, ...] = ()
 
     def describe(self) -> str:
-        """For the report: the values in force, where they come from, and whom they reach."""
+        """For the report: the values in force and where they come from."""
         shown = ", ".join(f"{name} {value}" for name, value in self.sampling.items()) or "temperature 1.0, nothing else"
-        return (f"{shown} (from {self.source}); for HTTP fields left out and generate() without params, "
-                "an explicit SamplingParams is taken as it stands")
+        return f"{shown} (from {self.source})"
 
 
 def read_generation_config(folder: Path, choice: str, tokenizer: Any | None) -> GenerationDefaults:

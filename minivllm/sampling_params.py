@@ -141,7 +141,11 @@ class SamplingParams:
 
 def is_unicode(text: str) -> bool:
     """A str can hold half of a surrogate pair ("\\ud83d" in JSON does that), which no tokenizer and no hash can encode."""
-    return not any("\ud800" <= char <= "\udfff" for char in text)
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _is_list_of(value: object, kind: type) -> bool:

@@ -198,6 +198,7 @@ def write_report(config: EngineConfig, model_config: ModelConfig, dtype: torch.d
         f"prefix cache {_on(config.enable_prefix_caching)}",
         f"attention          {config.attention_backend}",
         f"sampling defaults  {defaults.describe()}",
+        "                   for HTTP fields left out and generate() without params; an explicit SamplingParams stands as it is",
         f"EOS ids            {', '.join(map(str, defaults.eos_token_ids)) or 'none: requests end by length or stop strings'}",
         f"chat template      {'found' if template else 'none: /v1/chat/completions and LLM.chat need chat_template=...'}",
         "ready in           " + ", ".join(f"{phase} {took:.1f} s" for phase, took in seconds.items()),

@@ -60,10 +60,10 @@ ANSWERS = (
      "Copy this: slot = block_table[17] * 16 + offset",
      "slot = block_table[17] * 16 + offset"),
     ("copy", "chat",
-     "Repeat these words: castle apple seven block moon table green request winter horse token bread "
-     "queue lamp north small cache violin island step yellow garden paper owl window brave silver tail",
-     "happy apple seven block moon table green request winter horse token bread queue bell north small "
-     "cache violin island step yellow garden paper owl window brave silver tail"),
+     "Repeat these words: window apple seven block moon table green request winter horse token bread "
+     "queue tail north small cache violin island step yellow garden paper owl step brave silver cat",
+     "window apple seven block moon table green request winter horse token bread queue tail north small "
+     "cache violin island step yellow garden paper owl step brave silver cat"),
     ("arithmetic", "chat",
      "What is 17 + 25?",
      "17 + 25 = 42."),

@@ -167,8 +167,8 @@ def prose(rng: Random) -> str:
         title = f"{topic.capitalize()}\n\n" if rng.random() < 0.2 else ""
         return title + rng.choice((" ", " ", "\n\n", "\n")).join(answer for _, answer in entries)
     if kind < 0.65:
-        start = rng.randrange(len(howto.JOURNEY) - 1)
-        return " ".join(howto.JOURNEY[start:start + rng.randint(2, 9)])
+        start = rng.randrange(len(glossary.JOURNEY) - 1)
+        return " ".join(glossary.JOURNEY[start:start + rng.randint(2, 9)])
     if kind < 0.75:
         return " ".join(answer for _, answer in rng.sample(howto.HOWTO, rng.randint(1, 3)))
     ask, reply = rng.choice((("Q: ", "A: "), ("Question: ", "Answer: "), ("User: ", "Model: ")))
@@ -207,11 +207,12 @@ def batch(seed: int, step: int, tokenizer: Tokenizer, num_tokens: int, length: i
     """
     rng = Random(f"minivllm {seed} {step}")
     end = tokenizer.token_to_id("<|endoftext|>")
+    assert end is not None, "the tokenizer has no <|endoftext|>, which separates documents"
     rows: list[list[int]] = []
     row: list[int] = []
     while len(rows) < num_tokens // length:
         for encoding in tokenizer.encode_batch_fast([document(rng) for _ in range(64)]):
-            row += encoding.ids + [end]
+            row += [*encoding.ids, end]
             if len(row) >= length:
                 rows.append(row[:length])
                 row = []

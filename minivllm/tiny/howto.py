@@ -290,20 +290,3 @@ HOWTO = (
 
 # Words of the glossary for which "How does it work?" has an answer above.
 EXPLAINED = ("the engine", "the scheduler", "prefix caching", "paged attention", "speculative decoding")
-
-JOURNEY = (
-    "A request arrives at the server as text.",
-    "The chat template turns the messages into one prompt, and the tokenizer turns the prompt into tokens.",
-    "The request joins the waiting queue.",
-    "In the next step the scheduler looks for blocks that are already cached and allocates new ones for the rest.",
-    "The prompt is computed in one step if it fits the token budget, or in several chunks if it does not.",
-    "The keys and values of each token are written to the slots of its blocks.",
-    "Attention reads them back through the block table.",
-    "The last hidden state becomes a row of logits, and the sampler picks one token from it.",
-    "The token is added to the request, and the detokenizer turns it into text.",
-    "From now on the request decodes one token in each step, together with all other running requests.",
-    "When a block is full, it gets a hash, so that later requests with the same beginning can share it.",
-    "If no block is free, the newest running request is preempted and waits at the front of the queue.",
-    "When the model samples an end token, the request is finished and its blocks return to the free queue.",
-    "The blocks keep their content until they are needed again, so the next turn of the chat starts with a prefix hit.",
-)

@@ -24,9 +24,15 @@ from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 from . import corpus
 from .tokenizer import save_tokenizer, train_tokenizer
 
-MODEL = dict(hidden_size=256, intermediate_size=768, num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=2)
-DRAFT = dict(hidden_size=96, intermediate_size=256, num_hidden_layers=2, num_attention_heads=3, num_key_value_heads=1)
-SMALL = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+MODEL = {
+    "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6, "num_attention_heads": 8, "num_key_value_heads": 2,
+}
+DRAFT = {
+    "hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 3, "num_key_value_heads": 1,
+}
+SMALL = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+}
 CONTEXT = 2048
 # Rows of these lengths in turn. Short rows put many documents at position 0, where every prompt starts; long ones reach the
 # end of the context.
@@ -95,7 +101,7 @@ def token_weights(ids: Tensor, tokenizer: Tokenizer) -> Tensor:
     start, end = tokenizer.token_to_id("<|im_start|>"), tokenizer.token_to_id("<|endoftext|>")
     answer = tokenizer.encode("assistant").ids[0]
     places = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-    last = torch.where((ids == start) | (ids == end), places, 0).cummax(dim=1).values  # where this message or document began
+    last = (places * ((ids == start) | (ids == end))).cummax(dim=1).values  # where this message or document began
     role = ids.gather(1, (last + 1).clamp(max=ids.shape[1] - 1))
     asked = (ids.gather(1, last) == start) & (role != answer)
     return torch.where(asked, QUESTION_WEIGHT, 1.0)

@@ -98,7 +98,7 @@ def opposite(rng: Random) -> tuple[str, str]:
                       "Tell me the opposite of {}.",
                       "Which word is the opposite of {}?"))
     pair = rng.choice(OPPOSITES)
-    known = {}
+    known: dict[str, str] = {}
     for left, right in OPPOSITES:  # each word has one answer, the first that the table gives
         known.setdefault(left, right)
         known.setdefault(right, left)
