@@ -12,14 +12,19 @@ from random import Random
 from . import glossary, smalltalk, stories, world
 
 SMALL = 100  # sums and differences of numbers below this are what the model promises to get right
-WORDS = tuple(sorted({
-    word.strip(".,!?\":;").lower()
-    for text in [d for topic in glossary.TOPICS.values() for _,
-                 d in topic] + list(stories.LOST + stories.STORM + stories.SHARE + stories.RACE)
-    for word in text.split() if "{" not in word
-} | set(stories.ANIMALS) | set(world.PLURALS.values()) | {w for pair in world.OPPOSITES for w in pair} | {"banana", "window",
-                                                                                                          "yellow", "paper"}
-  | {word for items in world.LISTS.values() for word in items}))
+
+
+def _words() -> tuple[str, ...]:
+    """The words to copy, in a fixed order: those of the definitions, of some stories and of the tables."""
+    texts = [definition for topic in glossary.TOPICS.values() for _, definition in topic]
+    texts += [*stories.LOST, *stories.STORM, *stories.SHARE, *stories.RACE]
+    words = {word.strip(".,!?\":;").lower() for text in texts for word in text.split() if "{" not in word}
+    words |= {*stories.ANIMALS, *world.PLURALS.values(), "banana", "window", "yellow", "paper"}
+    words |= {word for pair in world.OPPOSITES for word in pair} | {word for items in world.LISTS.values() for word in items}
+    return tuple(sorted(words))
+
+
+WORDS = _words()
 SYMBOLS = "_-./:=+*#@&%$!?<>[](){}|~^,;"
 UNICODE = tuple("äöüßéèñçåøłžščćığ你好我们大小中国模型世界日本語こんにちはカタкотдомλπΩ∑€£→✓") + tuple(smalltalk.EMOJI.values())
 
@@ -30,6 +35,7 @@ def held_out(a: int, b: int) -> bool:
 
 
 def pair(rng: Random, limit: int) -> tuple[int, int]:
+    """Draw two numbers below `limit` that are not held out."""
     while True:
         a, b = rng.randrange(limit), rng.randrange(limit)
         if not held_out(a, b):
