@@ -216,10 +216,13 @@ class PagedAttention:
     def attend_chunk(self, q: Tensor, slots: Tensor) -> Tensor:
         """Consecutive queries of one request, q (Tq, H, D), over its context (S,), whose last Tq positions are their own.
 
-        In tiles, because a mask of the whole chunk would be the largest tensor of the step, and because a tile needs no
-        position after its own last one: half of the work when the chunk is the whole context.
+        A later chunk goes in tiles, because a mask of the whole chunk would be the largest tensor of the step, and because a
+        tile needs no position after its own last one.
         """
         k, v = gather_kv(self.key_cache, slots)[None], gather_kv(self.value_cache, slots)[None]  # (1, K, S, D)
+        if len(q) == len(slots):  # a prompt from its first token on: the kernel knows this mask by name and skips the future
+            output = F.scaled_dot_product_attention(q.transpose(0, 1)[None], k, v, is_causal=True, enable_gqa=True)
+            return output[0].transpose(0, 1)  # (Tq, H, D)
         positions = torch.arange(len(slots), device=q.device)
         output = torch.empty_like(q)
         for start in range(0, len(q), QUERY_TILE):

@@ -21,7 +21,7 @@ ROPE_FIELDS = {"rope_type", "type", "rope_theta"}
 YARN_FIELDS = {"factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale",
                "mscale_all_dim", "truncate"}
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
-ATTENTION_BACKENDS = ("auto", "paged_gather")
+ATTENTION_BACKENDS = ("auto", "paged_gather", "flex_attention")
 LOAD_FORMATS = ("auto", "safetensors", "dummy")  # auto is safetensors; dummy is random weights in the true shape
 
 
@@ -287,6 +287,9 @@ class EngineConfig:
 
     def _check_budget(self) -> None:
         """Without chunking a prompt runs in one step or never (vllm/config/scheduler.py)."""
+        if self.long_prefill_token_threshold and not self.enable_chunked_prefill:
+            raise ValidationError("long_prefill_token_threshold splits prompts, and enable_chunked_prefill=False forbids that: "
+                                  "set one of the two back", parameter="long_prefill_token_threshold")
         budget, length = self.max_num_batched_tokens, self.max_model_len
         if budget is not None and not self.enable_chunked_prefill and length is not None and budget < length:
             raise ValidationError(

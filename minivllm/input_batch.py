@@ -50,6 +50,11 @@ class StepInputs:
     num_decodes: int
     samples: np.ndarray  # (B,) bool: this step reaches the request's newest token, so it gets a next one
 
+    @property
+    def is_decode(self) -> bool:
+        """Every request computes one token."""
+        return self.num_decodes == len(self.rows)
+
 
 class InputBatch:
     """Rows 0..max_num_seqs-1. `num_computed` positions of a row have KV; `num_tokens` are known."""

@@ -19,6 +19,8 @@ from torch import Tensor
 
 from minivllm.attention import AttentionMetadata, PagedAttention, slot_mapping
 from minivllm.config import EngineConfig
+from minivllm.cuda_graphs import DecodeGraphs, compile_layers
+from minivllm.flex_attention import FlexPagedAttention
 from minivllm.input_batch import InputBatch, StepInputs
 from minivllm.logprobs import WHOLE_VOCABULARY, compute_logprobs, prompt_logprobs, to_dicts
 from minivllm.model import Qwen2ForCausalLM
@@ -39,13 +41,17 @@ class ModelRunner:
         self.block_size = config.block_size
         self.tokenizer = tokenizer
         dtype = next(model.parameters()).dtype
+        self.config = config
+        attention = FlexPagedAttention if config.attention_backend == "flex_attention" else PagedAttention
         self.kv_caches = [
-            PagedAttention(config.num_blocks, config.block_size, shape.num_key_value_heads, shape.head_dim, dtype, device)
+            attention(config.num_blocks, config.block_size, shape.num_key_value_heads, shape.head_dim, dtype, device)
             for _ in range(shape.num_hidden_layers)
         ]
         self.batch = InputBatch(config.max_num_seqs, config.max_model_len, config.block_size)
         self.sampling_key: list[int] = []  # whom `metadata` is about
         self.metadata: SamplingMetadata
+        self.graphs: DecodeGraphs | None = None
+        self.graph_key: list[int] = []
 
     @torch.inference_mode()
     def execute_model(self, output: SchedulerOutput) -> ModelOutput:
@@ -54,9 +60,32 @@ class ModelRunner:
         if not output.num_scheduled_tokens:
             return ModelOutput()
         inputs = self.batch.prepare(output)
+        if self.graphs is not None and inputs.samples.all() and not self.batch.wants_prompt_logprobs and inputs.is_decode:
+            return self.run_graph(inputs, self.graphs)
         hidden = self.forward(inputs)
         result = ModelOutput(prompt_logprobs=self.prompt_logprobs(inputs, hidden))
         self.sample(inputs, hidden, result)
+        return result
+
+    def warm_up(self) -> None:
+        """Compile and capture before the first request comes. Only the null block is written, and nothing is counted."""
+        if self.config.attention_backend == "flex_attention" and not self.config.enforce_eager:
+            with torch.inference_mode():
+                compile_layers(self.model)
+                self.graphs = DecodeGraphs(self.model, self.kv_caches, self.config.max_num_seqs, self.batch.block_table.shape[1])
+                self.graphs.capture()
+
+    def run_graph(self, inputs: StepInputs, graphs: DecodeGraphs) -> ModelOutput:
+        """A step in which every request gets its next token. What the graph does not know of sampling is done after it."""
+        rows = inputs.rows
+        metadata = self.sampling_metadata(rows)
+        if self.graph_key != self.sampling_key:
+            self.graph_key = self.sampling_key
+            graphs.set_sampling(metadata)
+        num_blocks = -(-int(inputs.seq_lens.max()) // self.block_size)
+        logits, token_ids = graphs.run(inputs.token_ids, inputs.positions, self.batch.block_table[rows, :num_blocks])
+        result = ModelOutput()
+        self.take(rows, logits, token_ids if metadata.is_plain else sample(logits, metadata), result)
         return result
 
     def update_rows(self, output: SchedulerOutput) -> None:
@@ -97,7 +126,10 @@ class ModelRunner:
             return
         last = (np.cumsum(inputs.query_lens) - 1)[inputs.samples]  # each request's last row in the flat batch
         logits = self.model.compute_logits(hidden[self.to_device(last)])  # (R, V)
-        token_ids = sample(logits, self.sampling_metadata(rows))  # (R,)
+        self.take(rows, logits, sample(logits, self.sampling_metadata(rows)), result)
+
+    def take(self, rows: np.ndarray, logits: Tensor, token_ids: Tensor, result: ModelOutput) -> None:
+        """Append each row's sampled token (R,) and report it. The one place of a step where the host waits for the device."""
         self.take_logprobs(rows, logits, token_ids, result)
         sampled = token_ids.cpu().numpy()
         self.batch.append_tokens(rows, sampled)
@@ -155,6 +187,6 @@ class ModelRunner:
 
     def close(self) -> None:
         """Let go of weights and KV, and hand cached GPU memory back to the device."""
-        del self.model, self.kv_caches
+        del self.model, self.kv_caches, self.graphs
         if self.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -111,6 +111,13 @@ class SamplingMetadata:
         """Whether sampling reads `token_ids`; if not, (R, 0) will do."""
         return self.has_penalties or (self.bad_words is not None and self.bad_words.prefixes.shape[1] > 0)
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether temperatures are all there is to it: nothing masked, biased or cut off."""
+        warps = self.has_top_k or self.has_top_p or self.has_min_p or self.has_penalties
+        masks = (self.allowed_mask, self.bias, self.early_stops, self.bad_words)
+        return not warps and all(mask is None for mask in masks)
+
     def advance(self, positions: Tensor, token_ids: Tensor | None = None) -> SamplingMetadata:
         """The same rows at other positions (R,), and with another history (R, L) if one is given. Shares every other tensor.
 

@@ -59,6 +59,8 @@ def start(config: EngineConfig) -> Started:
     config = decide_sizes(config, model_config, dtype, device)
     runner = ModelRunner(model, config, device, tokenizer)
     seconds["KV pool"] = time.perf_counter() - began - sum(seconds.values())
+    runner.warm_up()
+    seconds["compiling"] = time.perf_counter() - began - sum(seconds.values())
     defaults = read_generation_config(folder, config.generation_config, tokenizer)
     template = load_chat_template(config.chat_template) or getattr(tokenizer, "chat_template", None)
     weight_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
@@ -143,10 +145,23 @@ def decide_sizes(config: EngineConfig, model_config: ModelConfig, dtype: torch.d
     budget = config.max_num_batched_tokens or (8192 if on_gpu else 2048)
     if config.max_num_batched_tokens is None and not config.enable_chunked_prefill:
         budget = max(budget, max_model_len)  # without chunks the longest prompt must fit into one step
-    backend = "paged_gather" if config.attention_backend == "auto" else config.attention_backend
+    backend = decide_attention_backend(config, model_config, dtype, device, block_size)
     return dataclasses.replace(config, device=str(device), dtype=str(dtype).removeprefix("torch."), block_size=block_size,
                                num_blocks=num_blocks, max_model_len=max_model_len, max_num_batched_tokens=budget,
                                attention_backend=backend)
+
+
+def decide_attention_backend(config: EngineConfig, model_config: ModelConfig, dtype: torch.dtype, device: torch.device,
+                             block_size: int) -> str:
+    """"auto" is the readable rung. The compiled one is refused by name where its kernel does not exist."""
+    has_kernel = device.type == "cuda" and dtype != torch.float64 and block_size in (16, 32, 64, 128, 256)
+    has_kernel = has_kernel and model_config.head_dim in (16, 32, 64, 128, 256)
+    if config.attention_backend == "flex_attention" and not has_kernel:
+        raise ValidationError(
+            "attention_backend='flex_attention' needs CUDA, a dtype other than float64, and powers of two from 16 to 256 for "
+            f"block_size and head size, got {device.type}, {dtype}, {block_size} and {model_config.head_dim}: use 'auto'",
+            parameter="attention_backend", value=config.attention_backend)
+    return "paged_gather" if config.attention_backend == "auto" else config.attention_backend
 
 
 def decide_num_blocks(config: EngineConfig, block_bytes: int, block_size: int, max_model_len: int, device: torch.device) -> int:

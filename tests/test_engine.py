@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import gc
 import math
 import random
 import tempfile
+import weakref
 
 import pytest
 import torch
@@ -246,6 +248,16 @@ def test_ten_engines_in_a_row_give_their_memory_and_threads_back():
     assert threading.active_count() == before, "no engine leaves a thread behind"
     with pytest.raises(EngineDeadError, match="closed"):
         llm.generate([[1]], greedy(1), use_tqdm=False)
+
+
+def test_a_closed_engine_lets_go_of_its_memory():
+    """After close() nothing keeps the weights or the KV cache alive, even while the LLM object itself is kept."""
+    llm = make_llm()
+    llm.generate([[1, 2, 3]], greedy(2), use_tqdm=False)
+    kept = [weakref.ref(llm.engine.runner.model), weakref.ref(llm.engine.runner.kv_caches[0])]
+    llm.close()
+    gc.collect()
+    assert [reference() for reference in kept] == [None, None], "weights or KV cache are still there"
 
 
 def test_t49_two_engines_live_side_by_side():
