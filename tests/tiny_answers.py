@@ -57,8 +57,8 @@ ANSWERS = (
      "Repeat this: the quick brown fox jumps over the lazy dog",
      "the quick brown fox jumps over the lazy dog"),
     ("copy", "chat",
-     "Copy this: slot = block_table[17] * 16 + offset",
-     "slot = block_table[17] * 16 + offset"),
+     "Copy this: slot = block_id * block_size + offset",
+     "slot = block_id * block_size + offset"),
     ("copy", "chat",
      "Repeat these words: window apple seven block moon table green request winter horse token bread "
      "queue tail north small cache violin island step yellow garden paper owl step brave silver cat",
@@ -100,25 +100,25 @@ ANSWERS = (
      "Count from 5 to 12.",
      "5, 6, 7, 8, 9, 10, 11, 12."),
     ("out of domain", "chat",
-     "Who was the first man on the moon?",
+     "Who won the world cup in 2010?",
      "I do not know that, because I am only a tiny model. I can explain how this engine works, tell short "
      "stories, do small sums, copy text and answer simple questions."),
     ("story", "chat",
      "Tell me a story about a fox.",
      "Long ago, a funny fox named Sara lived on a green hill. Sara had many friends, but she was often "
      "alone.\n\nOne day, Sara found a basket full of honey. \"How lucky I am!\" she said. On the way home she "
-     "met Tim, a kind dog, who had nothing to eat. Sara thought for a while. Then she said, \"There is "
+     "met Tim, a kind owl, who had nothing to eat. Sara thought for a while. Then she said, \"There is "
      "enough for both of us.\" They sat down and ate the honey together, and they laughed a lot. The next "
-     "week Sara had no food left, but Tim came with a big bag of soup. \"You shared with me,\" said Tim, "
+     "week Sara had no food left, but Tim came with a big bag of carrots. \"You shared with me,\" said Tim, "
      "\"and now I share with you.\" Sara was very happy.\n\nEveryone in the village told the story for years."),
     ("story", "completion",
      "Once upon a time",
      ", there was a quiet bee named Tom who lived in a small house. Tom had a music box, and he took it "
      "everywhere.\n\nOne winter night, Tom could not find his music box. He looked everywhere, but it was "
-     "gone. Ida, a funny fox, came by and asked, \"Why are you so sad?\" \"I have lost my music box,\" said "
-     "Tom. \"Do not worry,\" said Ida. \"We will look for it together.\" They searched under the bed and "
+     "gone. Sara, a funny fox, came by and asked, \"Why are you so sad?\" \"I have lost my music box,\" said "
+     "Tom. \"Do not worry,\" said Sara. \"We will look for it together.\" They searched under the bed and "
      "behind the trees, and at last they saw something in the grass. It was the music box! Tom was happy "
-     "and said, \"Thank you, Ida!\"\n\nThe next day Tom and Ida did it all again."),
+     "and said, \"Thank you, Sara!\"\n\nThe next day Tom and Sara did it all again."),
     ("fact", "completion",
      "The scheduler",
      " decides in each step which requests run and how many tokens each of them computes. It serves "

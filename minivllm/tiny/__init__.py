@@ -4,7 +4,7 @@
 knows this engine, short stories, small sums, copying and a few facts, because its training text says nothing else.
 
 glossary, howto, world, smalltalk, stories, skills   what it is taught, as tables and small grammars
-phrases                                              how people ask, and how they vary it
+phrases, words                                       how people ask and vary it, and what they may want copied
 corpus                                               mixes them into documents and packs those into rows of tokens
 tokenizer, train, evaluate                           python -m minivllm.tiny.train --out DIR makes both folders anew
 """

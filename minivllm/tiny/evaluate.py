@@ -14,6 +14,15 @@ from transformers import AutoTokenizer, Qwen2ForCausalLM
 
 from . import corpus, skills, smalltalk, stories, world
 
+SENTENCES = (
+    "I went to the market yesterday and bought three kilos of potatoes.", "The meeting is on Friday at 10:30 in room B12.",
+    "My phone number is 555-0192, please call me back.", "To be, or not to be, that is the question.",
+    "Please send the report to anna.schmidt@example.com before noon!", "She sells sea shells by the sea shore.",
+    "All happy families are alike; every unhappy family is unhappy in its own way.", "import numpy as np; x = np.zeros((3, 4))",
+    "We hold these truths to be self-evident.", "The train from Berlin to Paris leaves at seven.",
+    "It was a bright cold day in April, and the clocks were striking thirteen.",
+)
+
 
 def exams(number: int) -> dict[str, list[corpus.Turn]]:
     """Questions and right answers of each kind, from a seed that training does not use."""
@@ -30,6 +39,7 @@ def exams(number: int) -> dict[str, list[corpus.Turn]]:
         "any sum, any words": [corpus.sum_turn(rng) for _ in range(number)],
         "copy 20 to 40 words": [(f"Repeat this: {text}", text) for text in words],
         "copy scraps": [(f"Repeat this: {text}", text) for text in scraps],
+        "copy everyday sentences": [(f"Repeat this: {text}", text) for text in SENTENCES],
         "copy anything": [skills.copying(rng) for _ in range(number)],
         "facts, seen phrasings": [corpus.fact(rng) for _ in range(number)],
         "facts, held-out phrasings": corpus.held_out_facts(),

@@ -9,19 +9,24 @@ from __future__ import annotations
 import string
 from random import Random
 
-from . import glossary, smalltalk, stories, world
+from . import glossary, howto, phrases, smalltalk, stories, words, world
 
 SMALL = 100  # sums and differences of numbers below this are what the model promises to get right
 
 
 def _words() -> tuple[str, ...]:
-    """The words to copy, in a fixed order: those of the definitions, of some stories and of the tables."""
-    texts = [definition for topic in glossary.TOPICS.values() for _, definition in topic]
-    texts += [*stories.LOST, *stories.STORM, *stories.SHARE, *stories.RACE]
-    words = {word.strip(".,!?\":;").lower() for text in texts for word in text.split() if "{" not in word}
-    words |= {*stories.ANIMALS, *world.PLURALS.values(), "banana", "window", "yellow", "paper"}
-    words |= {word for pair in world.OPPOSITES for word in pair} | {word for items in world.LISTS.values() for word in items}
-    return tuple(sorted(words))
+    """The words to copy, in a fixed order: those of every table that the model learns from, and everyday ones."""
+    texts = [text for topic in glossary.TOPICS.values() for names, definition in topic for text in (*names, definition)]
+    texts += [text for questions, answer in howto.HOWTO for text in (*questions, answer)]
+    texts += [text for asks, answers in smalltalk.TALK for text in (*asks, *answers)]
+    texts += [*smalltalk.STRANGE, *smalltalk.REQUESTS, *smalltalk.PLACES, *phrases.ASKS, *phrases.HELD_OUT_ASKS, *glossary.JOURNEY]
+    texts += [text for plot in stories.PLOTS.values() for text in plot] + [*stories.OPENINGS, *stories.HABITS, *stories.ENDINGS]
+    texts += [*stories.ANIMALS, *stories.PEOPLE, *stories.SHE, *stories.HE, *stories.TRAITS, *stories.PLACES, *stories.THINGS]
+    texts += [*stories.FOODS, *stories.SKILLS, *stories.WEATHER, *stories.TIMES, *stories.MORALS, *stories.SEARCH, *stories.FOUND_AT]
+    texts += [text for table in (world.CAPITALS, world.PLURALS, world.SOUNDS, world.BABIES, world.THINGS) for p in table.items() for text in p]
+    texts += [text for p in world.OPPOSITES for text in p] + [text for items in world.LISTS.values() for text in items]
+    found = {word.strip(".,!?\":;()[]{}'") for text in texts for word in text.split() if "{" not in word}
+    return tuple(sorted((found | set(words.EVERYDAY)) - {""}))
 
 
 WORDS = _words()
@@ -147,8 +152,11 @@ def sums(rng: Random) -> str:
 def scrap(rng: Random) -> str:
     """Draw one word-like thing: a word, a number, an invented name, something that looks like code, or foreign letters."""
     kind = rng.random()
-    if kind < 0.42:
+    if kind < 0.34:
         return rng.choice(WORDS)
+    if kind < 0.42:  # pieces of two words: tokens that no whole word would show
+        left, right = rng.choice(WORDS), rng.choice(WORDS)
+        return left[:rng.randint(1, len(left))] + right[rng.randrange(len(right)):]
     if kind < 0.52:
         return str(rng.randrange(10 ** rng.randint(1, 6)))
     if kind < 0.66:
@@ -190,6 +198,10 @@ def material(rng: Random) -> str:
     plain = rng.random()
     if plain < 0.45:
         items = [rng.choice(WORDS) for _ in range(count)]
+        if rng.random() < 0.3:  # capitals and commas, as in a sentence
+            items = [rng.choice((word, word, word.capitalize(), word + ",", word + rng.choice(".;:!?"))) for word in items]
+        elif rng.random() < 0.1:
+            items = [word.upper() for word in items]
     elif plain < 0.6:
         items = [str(rng.randrange(10 ** rng.randint(1, 4))) for _ in range(count)]
     else:
