@@ -42,13 +42,14 @@ def test_engine_flags_reach_the_engine():
     """By vLLM's names, with its alias for the number of blocks, and with underscores as vLLM takes them."""
     argv = ["--max-model-len", "512", "--max_num_seqs", "8", "--max-num-batched-tokens=1024", "--block-size", "4",
             "--dtype", "float32", "--num-gpu-blocks-override", "99", "--generation-config", "none", "--seed", "7",
-            "--no-enable-prefix-caching", "--no-enable-chunked-prefill", "--long-prefill-token-threshold", "64",
+            "--no-enable-prefix-caching", "--long-prefill-token-threshold", "64",
             "--max-logprobs", "5", "--enforce-eager", "--gpu-memory-utilization", "0.5", "--trace", "t.jsonl",
             "--device", "cpu", "--chat-template", "{{ x }}"]
     engine = parse_args(argv).engine
     assert (engine.max_model_len, engine.max_num_seqs, engine.max_num_batched_tokens, engine.block_size) == (512, 8, 1024, 4)
     assert (engine.num_blocks, engine.generation_config, engine.seed, engine.dtype) == (99, "none", 7, "float32")
-    assert (engine.enable_prefix_caching, engine.enable_chunked_prefill, engine.enforce_eager) == (False, False, True)
+    assert (engine.enable_prefix_caching, engine.enable_chunked_prefill, engine.enforce_eager) == (False, True, True)
+    assert not parse_args(["--no-enable-chunked-prefill"]).engine.enable_chunked_prefill
     assert (engine.long_prefill_token_threshold, engine.max_logprobs, engine.gpu_memory_utilization) == (64, 5, 0.5)
     assert (engine.trace, engine.device, engine.chat_template) == ("t.jsonl", "cpu", "{{ x }}")
 

@@ -48,6 +48,8 @@ def test_the_pool_is_never_larger_than_all_requests_at_full_length():
 def test_without_chunked_prefill_the_budget_holds_the_longest_prompt():
     """Turning chunking off raises the default budget to max_model_len, and a budget below it is refused."""
     assert sizes(enable_chunked_prefill=False).max_num_batched_tokens >= 512
+    with pytest.raises(ValidationError, match="splits prompts"):
+        EngineConfig(enable_chunked_prefill=False, long_prefill_token_threshold=8)
     with pytest.raises(ValidationError, match="could never run"):
         EngineConfig(enable_chunked_prefill=False, max_num_batched_tokens=8, max_model_len=64)
 
