@@ -32,6 +32,7 @@ class ProcessedInput:
     max_tokens: int  # the end of the context counted in
     cache_salt: str | None = None
     arrival_time: float = 0.0
+    final_only: bool = False  # vLLM's RequestOutputKind.FINAL_ONLY: no output before the last
 
 
 class InputProcessor:
@@ -46,7 +47,7 @@ class InputProcessor:
         self.eos_token_ids = eos_token_ids
 
     def process(self, request_id: str, prompt: Any, params: SamplingParams, *, cache_salt: str | None = None,
-                arrival_time: float = 0.0) -> ProcessedInput:
+                arrival_time: float = 0.0, final_only: bool = False) -> ProcessedInput:
         """Check and tokenise one request. Raises `ValidationError`."""
         if not isinstance(params, SamplingParams):
             raise ValidationError(f"sampling_params must be SamplingParams, got {type(params).__name__}",
@@ -65,7 +66,8 @@ class InputProcessor:
         self.check_length(len(token_ids))
         room = self.max_model_len - len(token_ids)
         max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
-        return ProcessedInput(request_id, text, list(token_ids), copy.copy(params), max_tokens, cache_salt, arrival_time)
+        return ProcessedInput(request_id, text, list(token_ids), copy.copy(params), max_tokens, cache_salt, arrival_time,
+                              final_only)
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids of a text, special tokens in it recognised. Absurd lengths are refused before any work is done."""

@@ -76,7 +76,7 @@ class LLM:
         params = self._as_params(sampling_params, len(batch))
         processor, clock = self.engine.input_processor, self.engine.clock
         request_ids = [str(self._num_requests + index) for index in range(len(batch))]
-        inputs = [processor.process(request_id, prompt, one, arrival_time=clock())
+        inputs = [processor.process(request_id, prompt, one, arrival_time=clock(), final_only=True)
                   for request_id, prompt, one in zip(request_ids, batch, params)]
         self._add_all_or_none(inputs)
         self._num_requests += len(inputs)

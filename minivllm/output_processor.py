@@ -14,7 +14,7 @@ from typing import Any
 
 from minivllm.detokenizer import IncrementalDetokenizer
 from minivllm.input_processor import ProcessedInput
-from minivllm.request import CompletionOutput, Logprob, Request, RequestOutput
+from minivllm.request import CompletionOutput, Logprob, Request, RequestOutput, RequestStatus
 from minivllm.scheduler_output import ModelOutput
 
 
@@ -40,20 +40,19 @@ class ChildState:
         if self.logprobs is not None and self.cumulative_logprob is not None:
             self.logprobs += logprobs[:num_new]
             self.cumulative_logprob += sum(entry[token].logprob for token, entry in zip(new_token_ids, logprobs))
-        ended_by_token = request.is_finished and request.status.value == "stop"
+        ended_by_token = request.status == RequestStatus.FINISHED_STOPPED
         self.stop_string = self.detokenizer.update(new_token_ids, stop_terminated=ended_by_token)
 
     def to_output(self) -> CompletionOutput:
         """A snapshot that later steps do not change. A stop string outranks a length reached by the same token."""
         request, found = self.request, self.stop_string
-        finish_reason = request.status.value if request.is_finished else None
         return CompletionOutput(
             index=self.index,
             text=self.detokenizer.text,
             token_ids=list(self.token_ids),
             cumulative_logprob=self.cumulative_logprob,
             logprobs=None if self.logprobs is None else list(self.logprobs),
-            finish_reason=finish_reason if found is None else "stop",
+            finish_reason=request.status.finish_reason if found is None else "stop",
             stop_reason=request.stop_reason if found is None else found,
         )
 
@@ -124,7 +123,11 @@ class OutputProcessor:
         return {token_id: replace(logprob, decoded_token=self.token_texts[token_id]) for token_id, logprob in entry.items()}
 
     def collect(self, requests: list[Request]) -> list[RequestOutput]:
-        """One `RequestOutput` for every user request that one of these belongs to; what has ended is forgotten."""
+        """One `RequestOutput` for every user request that one of these belongs to; what has ended is forgotten.
+
+        An output holds everything so far, so one per token costs the square of the answer's length: who waits for the end
+        (`final_only`) gets the last one alone.
+        """
         moved: dict[str, OutputState] = {}
         for request in requests:
             state, child = self.parents[request.request_id]
@@ -136,4 +139,4 @@ class OutputProcessor:
         for request_id, state in moved.items():
             if state.num_unfinished == 0:
                 del self.states[request_id]
-        return [state.to_output() for state in moved.values()]
+        return [state.to_output() for state in moved.values() if state.num_unfinished == 0 or not state.processed.final_only]

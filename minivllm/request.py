@@ -23,18 +23,31 @@ from minivllm.sampling_params import SamplingParams
 if TYPE_CHECKING:
     from minivllm.kv_cache import BlockHash
 
-class RequestStatus(enum.Enum):
-    WAITING = "waiting"
-    RUNNING = "running"
-    PREEMPTED = "preempted"
-    FINISHED_STOPPED = "stop"
-    FINISHED_LENGTH_CAPPED = "length"
-    FINISHED_ABORTED = "abort"
-    FINISHED_ERROR = "error"
+class RequestStatus(enum.IntEnum):
+    """An integer, and the ends last, because the question "has it ended?" is asked a few times per token."""
+
+    WAITING = 1
+    RUNNING = 2
+    PREEMPTED = 3
+    FINISHED_STOPPED = 4
+    FINISHED_LENGTH_CAPPED = 5
+    FINISHED_ABORTED = 6
+    FINISHED_ERROR = 7
 
     @property
     def is_finished(self) -> bool:
-        return self.name.startswith("FINISHED")
+        return self > RequestStatus.PREEMPTED
+
+    @property
+    def finish_reason(self) -> str | None:
+        """As OpenAI's API names it; None while the request has not ended."""
+        return FINISH_REASONS.get(self)
+
+
+FINISH_REASONS = {
+    RequestStatus.FINISHED_STOPPED: "stop", RequestStatus.FINISHED_LENGTH_CAPPED: "length",
+    RequestStatus.FINISHED_ABORTED: "abort", RequestStatus.FINISHED_ERROR: "error",
+}
 
 
 @dataclass
@@ -95,7 +108,7 @@ class Request:
 
     @property
     def is_finished(self) -> bool:
-        return self.status.is_finished
+        return self.status > RequestStatus.PREEMPTED
 
     def append_output_token_id(self, token_id: int) -> None:
         self.all_token_ids.append(token_id)

@@ -262,7 +262,7 @@ class Scheduler:
         """Forget requests that have just got a finished status, and give their blocks back at once."""
         for request in ended:
             self._decide(request, "finish", "ends ({cause}): {blocks} back",
-                         len(self.kv_cache_manager.get_block_ids(request.request_id)), cause=request.status.value)
+                         len(self.kv_cache_manager.get_block_ids(request.request_id)), cause=request.status.finish_reason)
             self.requests.pop(request.request_id, None)
             self.kv_cache_manager.free(request)
             self.next_output.finished_request_ids.append(request.request_id)

@@ -92,7 +92,8 @@ class TraceRecorder:
             request = self.resident[request_id]
             sampled[request_id] = request.all_token_ids[self.num_recorded[request_id]:]
             self.num_recorded[request_id] = request.num_tokens
-        finished = {request_id: request.status.value for request_id, request in self.resident.items() if request.is_finished}
+        finished = {request_id: request.status.finish_reason for request_id, request in self.resident.items()
+                    if request.is_finished}
         for request_id in finished:
             del self.resident[request_id], self.num_recorded[request_id]
         return {
