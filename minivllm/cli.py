@@ -1,6 +1,7 @@
 """The `minivllm` command: one name, a subcommand for each thing to do.
 
     minivllm serve [MODEL] ...      the same as python -m minivllm.serve
+    minivllm bench BENCH ...        the same as python -m minivllm.bench
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Sequence
 
 from minivllm.version import __version__
 
-SUBCOMMANDS = {"serve": "answer OpenAI's HTTP API"}
+SUBCOMMANDS = {"serve": "answer OpenAI's HTTP API", "bench": "measure throughput, latency, or a server"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -20,6 +21,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from minivllm.serve.server import main as serve  # the server's libraries load only for it
 
         return serve(arguments[1:], "minivllm serve")
+    if arguments and arguments[0] == "bench":
+        from minivllm.bench.command import main as bench
+
+        return bench(arguments[1:], "minivllm bench")
     if arguments[:1] in (["-h"], ["--help"]):
         print(usage())
         return 0

@@ -87,11 +87,7 @@ class TraceRecorder:
                 "num_prompt_tokens": new.num_prompt_tokens, "num_tokens": len(new.token_ids),
                 "num_computed_tokens": new.num_computed_tokens, "blocks": list(new.block_ids),
             }
-        sampled = {}
-        for request_id in output.num_scheduled_tokens:
-            request = self.resident[request_id]
-            sampled[request_id] = request.all_token_ids[self.num_recorded[request_id]:]
-            self.num_recorded[request_id] = request.num_tokens
+        sampled = self._newly_sampled(output)
         finished = {request_id: request.status.finish_reason for request_id, request in self.resident.items()
                     if request.is_finished}
         for request_id in finished:
@@ -100,12 +96,22 @@ class TraceRecorder:
             "type": "step", "step": self.step, "admitted": admitted,
             "scheduled": dict(output.num_scheduled_tokens),
             "new_blocks": {request_id: list(ids) for request_id, ids in output.new_block_ids.items() if ids},
-            "sampled": {request_id: token_ids for request_id, token_ids in sampled.items() if token_ids},
+            "sampled": sampled,
             "preempted": list(output.preempted_request_ids), "finished": finished,
             "waiting": self._waiting(), "free_blocks": self.scheduler.kv_cache_manager.num_free_blocks,
             "decisions": [{"request_id": decision.request_id, "action": decision.action, "reason": decision.reason,
                            "need": decision.need, "free": decision.free} for decision in output.decisions],
         }
+
+    def _newly_sampled(self, output: SchedulerOutput) -> dict[str, list[int]]:
+        """What each request has gained since the record before."""
+        sampled = {}
+        for request_id in output.num_scheduled_tokens:
+            request = self.resident[request_id]
+            if token_ids := request.all_token_ids[self.num_recorded[request_id]:]:
+                sampled[request_id] = token_ids
+                self.num_recorded[request_id] = request.num_tokens
+        return sampled
 
     def _keyframe(self) -> Record:
         manager = self.scheduler.kv_cache_manager

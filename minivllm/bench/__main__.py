@@ -1,0 +1,8 @@
+"""`python -m minivllm.bench throughput|latency|serve ...`"""
+
+import sys
+
+from minivllm.bench.command import main
+
+if __name__ == "__main__":
+    sys.exit(main())

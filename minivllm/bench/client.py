@@ -1,0 +1,134 @@
+"""HTTP to any OpenAI server: payloads as vLLM's tool sends them, one streamed request, and questions before and after a run.
+
+Owns the wire. What the times mean stands in stream.py. A request that fails becomes a record with its error, never an exception.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+
+from minivllm.bench.flags import BenchError
+from minivllm.bench.sse import EventReader
+from minivllm.bench.stream import RequestRecord, StreamTimer
+
+POLL_SECONDS = 0.5
+CACHE_COUNTER = re.compile(r"^\w+:prefix_cache_(queries|hits)(?:_total)?(?:\{[^}]*\})? (\S+)$", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Target:
+    """The server, and what every request to it has in common."""
+
+    base_url: str
+    endpoint: str
+    model: str
+    is_chat: bool = False
+    ignore_eos: bool = False
+    extra_body: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What one request sends: text, or token ids where the server takes them."""
+
+    content: str | list[int]
+    num_tokens: int
+    max_tokens: int
+
+
+def payload_of(target: Target, prompt: Prompt) -> dict[str, Any]:
+    """The body, field for field what vLLM's tool sends."""
+    if target.is_chat:
+        message = {"role": "user", "content": [{"type": "text", "text": prompt.content}]}
+        body = {"model": target.model, "messages": [message], "max_completion_tokens": prompt.max_tokens}
+    else:
+        body = {"model": target.model, "prompt": prompt.content, "repetition_penalty": 1.0, "max_tokens": prompt.max_tokens,
+                "logprobs": None}
+    body |= {"stream": True, "stream_options": {"include_usage": True}}
+    if target.ignore_eos:
+        body["ignore_eos"] = True
+    return body | target.extra_body
+
+
+def make_client(api_key: str | None) -> httpx.AsyncClient:
+    """No limit on connections and no time-out: a slow answer is a measurement."""
+    headers = {"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {})
+    return httpx.AsyncClient(headers=headers, timeout=None, limits=httpx.Limits(max_connections=None), trust_env=False)
+
+
+async def stream_one(client: httpx.AsyncClient, target: Target, prompt: Prompt, clock: Callable[[], float]) -> RequestRecord:
+    """Send one request and time its stream."""
+    body = payload_of(target, prompt)
+    record = RequestRecord(prompt.num_tokens, clock())
+    timer, reader = StreamTimer(record, target.is_chat), EventReader()
+    try:
+        async with client.stream("POST", target.base_url + target.endpoint, json=body) as response:
+            if response.status_code != 200:
+                record.error = f"HTTP {response.status_code}: {(await response.aread()).decode(errors='replace')}"
+                return record
+            async for piece in response.aiter_raw():
+                now = clock()
+                for event in reader.feed(piece):
+                    timer.on_event(event, now)
+    except (httpx.HTTPError, ValueError) as error:  # a connection that broke, or a payload that is no JSON
+        record.error = f"{type(error).__name__}: {error}"
+    return timer.finish()
+
+
+async def find_model(client: httpx.AsyncClient, base_url: str) -> str:
+    """The first model that the server names. Raises `BenchError` if none answers."""
+    try:
+        response = await client.get(base_url + "/v1/models", timeout=30)
+        response.raise_for_status()
+        return response.json()["data"][0]["id"]
+    except (httpx.HTTPError, ValueError, LookupError, TypeError) as error:
+        raise BenchError(f"--base-url: {base_url}/v1/models gives no model ({type(error).__name__}: {error}): start the server, "
+                         "wait for it with --ready-check, or name a model with --model") from error
+
+
+async def wait_until_ready(client: httpx.AsyncClient, base_url: str, seconds: float, clock: Callable[[], float],
+                           sleep: Callable[[float], Awaitable[None]] = asyncio.sleep) -> None:
+    """Ask /v1/models until it answers with 200. Raises `BenchError` after so many seconds."""
+    deadline, last = clock() + seconds, ""
+    while True:
+        try:
+            response = await client.get(base_url + "/v1/models", timeout=5)
+            if response.status_code == 200:
+                return
+            last = f"HTTP {response.status_code}"
+        except httpx.HTTPError as error:
+            last = f"{type(error).__name__}: {error}"
+        if clock() >= deadline:
+            raise BenchError(f"--ready-check: {base_url} was not ready after {seconds:g} s ({last})")
+        await sleep(POLL_SECONDS)
+
+
+async def read_cache_counters(client: httpx.AsyncClient, base_url: str) -> dict[str, float] | None:
+    """Prefix-cache queries and hits of the server so far, in tokens, from /metrics; None where it does not tell."""
+    try:
+        response = await client.get(base_url + "/metrics", timeout=30)
+    except httpx.HTTPError:
+        return None
+    return parse_cache_counters(response.text) if response.status_code == 200 else None
+
+
+def parse_cache_counters(metrics: str) -> dict[str, float] | None:
+    """From Prometheus' text; several engines behind one server are added up."""
+    totals: dict[str, float] = {}
+    for name, value in CACHE_COUNTER.findall(metrics):
+        totals[name] = totals.get(name, 0.0) + float(value)
+    return totals if len(totals) == 2 else None
+
+
+def hit_rate(before: dict[str, float] | None, after: dict[str, float] | None) -> float | None:
+    """Share of the prompt tokens between two readings that the prefix cache had."""
+    if before is None or after is None:
+        return None
+    queries = after["queries"] - before["queries"]
+    return (after["hits"] - before["hits"]) / queries if queries > 0 else 0.0
