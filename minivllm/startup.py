@@ -216,7 +216,8 @@ def write_report(config: EngineConfig, model_config: ModelConfig, dtype: torch.d
         "                   for HTTP fields left out and generate() without params; an explicit SamplingParams stands as it is",
         f"EOS ids            {', '.join(map(str, defaults.eos_token_ids)) or 'none: requests end by length or stop strings'}",
         f"chat template      {'found' if template else 'none: /v1/chat/completions and LLM.chat need chat_template=...'}",
-        "ready in           " + ", ".join(f"{phase} {took:.1f} s" for phase, took in seconds.items()),
+        f"ready in           {sum(seconds.values()):.1f} s: "
+        + ", ".join(f"{phase} {took:.1f}" for phase, took in seconds.items() if took >= 0.05),
     ]
     return "minivllm is ready\n  " + "\n  ".join(lines)
 
