@@ -21,9 +21,9 @@ from torch import Tensor
 from minivllm.attention import PagedAttention
 from minivllm.flex_attention import make_decode_metadata
 from minivllm.model import Qwen2ForCausalLM
-from minivllm.request import SamplingParams
 from minivllm.sampler import sample
 from minivllm.sampling_metadata import RowParams, SamplingMetadata
+from minivllm.sampling_params import SamplingParams
 
 WARM_UP_RUNS = 2  # the first compiles, the second runs what was compiled
 COMPILED_SHAPES = 64  # torch.compile gives a function up after 8 shapes unless told otherwise; there is one per bucket

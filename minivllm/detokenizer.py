@@ -89,7 +89,7 @@ class IncrementalDetokenizer:
     with the prompt, so there an output that starts with the second half of a character completes it.
     """
 
-    def __init__(self, tokenizer: Any | None, params: SamplingParams, prompt_token_ids: Sequence[int] = ()) -> None:
+    def __init__(self, tokenizer: Any | None, params: SamplingParams) -> None:
         is_wanted = tokenizer is not None and params.detokenize
         self.stream = TextStream(tokenizer, params.skip_special_tokens) if is_wanted else None
         self.stops = params.stop_strings

@@ -25,6 +25,7 @@ from minivllm.output_processor import OutputProcessor
 from minivllm.request import Request, RequestOutput, RequestStatus
 from minivllm.sampling_params import SamplingParams
 from minivllm.scheduler import Scheduler
+from minivllm.scheduler_output import SchedulerStats
 from minivllm.trace import TraceRecorder
 
 
@@ -52,8 +53,8 @@ class LLMEngine:
         self.is_closed = False
 
     @property
-    def stats(self) -> Any:
-        """Deterministic counters of all work done (`SchedulerStats`)."""
+    def stats(self) -> SchedulerStats:
+        """Deterministic counters of all work done."""
         return self.scheduler.stats
 
     def add_request(self, request_id: str, prompt: Any, params: SamplingParams, *, cache_salt: str | None = None) -> None:

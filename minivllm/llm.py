@@ -21,6 +21,7 @@ from minivllm.exceptions import ValidationError
 from minivllm.input_processor import ProcessedInput
 from minivllm.request import RequestOutput
 from minivllm.sampling_params import SamplingParams
+from minivllm.scheduler_output import SchedulerStats
 
 
 class LLM:
@@ -127,7 +128,7 @@ class LLM:
         return self.engine.reset_prefix_cache()
 
     @property
-    def stats(self) -> Any:
+    def stats(self) -> SchedulerStats:
         """The engine's deterministic counters."""
         return self.engine.stats
 

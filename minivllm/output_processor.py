@@ -25,7 +25,7 @@ class ChildState:
         self.index = index
         self.request = request
         params = request.sampling_params
-        self.detokenizer = IncrementalDetokenizer(tokenizer, params, request.prompt_token_ids)
+        self.detokenizer = IncrementalDetokenizer(tokenizer, params)
         self.token_ids: list[int] = []
         self.logprobs: list[dict[int, Logprob]] | None = None if params.logprobs is None else []
         self.cumulative_logprob: float | None = None if params.logprobs is None else 0.0

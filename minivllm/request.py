@@ -16,12 +16,13 @@ import enum
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from minivllm.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from minivllm.kv_cache import BlockHash
+
 
 class RequestStatus(enum.IntEnum):
     """An integer, and the ends last, because the question "has it ended?" is asked a few times per token."""
@@ -178,4 +179,3 @@ class RequestOutput:
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     num_cached_tokens: int = 0
     metrics: list[RequestTimes] = field(default_factory=list)
-    error: Any = None

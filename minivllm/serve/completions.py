@@ -63,12 +63,12 @@ class CompletionAnswer(Answer):
         parts: list[dict[str, list[Any]]] = []
         if self.body.echo and delta.is_first:
             entries: Entries = output.prompt_logprobs or []
-            offsets = TextOffsets(self.service.tokenizer, [], 0, skip_special_tokens=False)
+            offsets = TextOffsets(self.service.tokenizer, 0, skip_special_tokens=False)
             parts.append(self._writer(offsets).write(output.prompt_token_ids, entries))
         if index not in self._logprobs:
             prompt = self.prompts[index // self.n]
             start = len(self.echo_text(prompt)) if self.body.echo else 0
-            self._logprobs[index] = self._writer(TextOffsets(self.service.tokenizer, prompt.token_ids, start,
+            self._logprobs[index] = self._writer(TextOffsets(self.service.tokenizer, start,
                                                              skip_special_tokens=self.body.skip_special_tokens is not False))
         parts.append(self._logprobs[index].write(delta.token_ids, delta.logprobs))
         return {key: [value for part in parts for value in part[key]] for key in parts[0]}

@@ -9,11 +9,11 @@ mistake, and the error says what was probably meant.
 
 from __future__ import annotations
 
-import difflib
 import logging
 from collections.abc import Iterable
 from typing import Any
 
+from minivllm.engine_args import nearest_name
 from minivllm.serve.errors import ApiError
 
 logger = logging.getLogger("minivllm.serve")
@@ -88,11 +88,6 @@ def check_fields(extra: dict[str, Any], known: Iterable[str], *, n: int = 1, ign
                 raise ApiError(f"`{name}` is not implemented: {ADVICE.get(name, 'leave it out')}", param=name)
         elif name not in ACCEPTED:
             if not ignore_unknown:
-                raise ApiError(f"unknown field `{name[:100]}`{nearest_field(name, known)}", param=name[:100])
+                meant = nearest_name(name[:100], [*known, *ACCEPTED, *REFUSED])
+                raise ApiError(f"unknown field `{name[:100]}`{meant}", param=name[:100])
             logger.warning("ignored the unknown body field %r", name[:100])
-
-
-def nearest_field(name: str, known: Iterable[str]) -> str:
-    """": did you mean `max_tokens`?" for a near miss, else an empty string."""
-    close = difflib.get_close_matches(name[:100], [*known, *ACCEPTED, *REFUSED], n=1, cutoff=0.7)
-    return f": did you mean `{close[0]}`?" if close else ""

@@ -65,9 +65,8 @@ def ranked(entry: Mapping[int, Logprob]) -> list[tuple[int, Logprob]]:
 class TextOffsets:
     """Where each token starts in the text, counted in characters. A token that completes a character starts where it does."""
 
-    def __init__(self, tokenizer: Any, before: Sequence[int], start: int, *, skip_special_tokens: bool = True) -> None:
-        params = SamplingParams(skip_special_tokens=skip_special_tokens)
-        self._detokenizer = IncrementalDetokenizer(tokenizer, params, list(before))
+    def __init__(self, tokenizer: Any, start: int, *, skip_special_tokens: bool = True) -> None:
+        self._detokenizer = IncrementalDetokenizer(tokenizer, SamplingParams(skip_special_tokens=skip_special_tokens))
         self._start = start
 
     def take(self, token_id: int) -> int:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
+from minivllm.sampling_params import is_unicode
 from minivllm.serve.errors import ApiError
 from minivllm.serve.fields import check_fields
 
@@ -116,11 +117,8 @@ class GenerationBody(Body):
 def check_is_text(name: str, value: object) -> None:
     """JSON can spell half of a surrogate pair. It is no character, and no tokenizer or hash downstream takes it."""
     for text in value if isinstance(value, list) else [value]:
-        if isinstance(text, str):
-            try:
-                text.encode()
-            except UnicodeEncodeError as error:
-                raise ApiError(f"{name} holds a lone surrogate, which is no text", param=name) from error
+        if isinstance(text, str) and not is_unicode(text):
+            raise ApiError(f"{name} holds a lone surrogate, which is no text", param=name)
 
 
 class CompletionBody(GenerationBody):
