@@ -155,8 +155,8 @@ class AsyncEngine:
         await self.call(lambda engine: self._hand_over(engine.abort_request([request_id])))
 
     async def pause(self) -> None:
-        """Hold the engine between two steps. Requests still come in and can be aborted."""
-        await self.call(lambda engine: setattr(self, "_is_paused", True))
+        """Hold the engine between two steps, with none in flight. Requests still come in and can be aborted."""
+        await self.call(self._pause)
 
     async def resume(self) -> None:
         await self.call(lambda engine: setattr(self, "_is_paused", False))
@@ -239,8 +239,14 @@ class AsyncEngine:
                 except Exception as error:
                     future.set_exception(error)
 
+    def _pause(self, engine: LLMEngine) -> None:
+        """What is being computed belongs to the step before the pause; single steps are then made one after the other."""
+        self._is_paused = True
+        while engine.launched:
+            self._hand_over(engine.step(ahead=False))
+
     def _step(self) -> None:
-        self._hand_over(self.engine.step())
+        self._hand_over(self.engine.step(ahead=not self._is_paused))
         if self._single_steps:
             self._single_steps.popleft().set_result(None)
 

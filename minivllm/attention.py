@@ -165,24 +165,29 @@ def plan_step(metadata: AttentionMetadata, block_size: int) -> StepPlan:
     return StepPlan(decode_groups, prefill_chunks)
 
 
+def allocate_kv_cache(num_layers: int, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int,
+                      dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Tensor:
+    """Keys (0) and values (1) of all layers: (layers, 2, K, num_slots, D) with num_slots = num_blocks * block_size.
+
+    Left as the memory was, so that an unused block costs nothing on a CPU: blocks are zeroed when they are handed out.
+    """
+    kv_cache = torch.empty(num_layers, 2, num_kv_heads, num_blocks * block_size, head_dim, dtype=dtype, device=device)
+    zero_blocks(kv_cache, torch.tensor([NULL_BLOCK], device=device), block_size)
+    return kv_cache
+
+
+def zero_blocks(kv_cache: Tensor, block_ids: Tensor, block_size: int) -> None:
+    """Zero the blocks that are being handed out, so that no earlier owner's values (or NaN) can be read: one kernel a step."""
+    kv_cache.flatten(0, 2).unflatten(1, (-1, block_size)).index_fill_(1, block_ids, 0)  # a view (all heads, N, P, D)
+
+
 class PagedAttention:
-    """One layer's K and V, (K, num_slots, D) each with num_slots = num_blocks * block_size, and attention over them."""
+    """One layer's keys and values, (K, num_slots, D) each, and attention over them."""
 
-    def __init__(
-        self, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int,
-        dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu",
-    ) -> None:
+    def __init__(self, kv_cache: Tensor, block_size: int) -> None:
         self.block_size = block_size
-        # Left as the memory was, so that an unused block costs nothing on a CPU: blocks are zeroed when they are handed out.
-        self.key_cache = torch.empty(num_kv_heads, num_blocks * block_size, head_dim, dtype=dtype, device=device)
-        self.value_cache = torch.empty_like(self.key_cache)
-        self.zero_blocks([NULL_BLOCK])
-
-    def zero_blocks(self, block_ids: list[int]) -> None:
-        """Zero the blocks that are being handed out, so that no earlier owner's values (or NaN) can be read."""
-        ids = torch.tensor(block_ids, dtype=torch.int64, device=self.key_cache.device)
-        for cache in (self.key_cache, self.value_cache):
-            cache.unflatten(1, (-1, self.block_size)).index_fill_(1, ids, 0)  # a view (K, N, P, D): fills the cache itself
+        self.kv_cache = kv_cache  # (2, K, num_slots, D)
+        self.key_cache, self.value_cache = kv_cache.unbind(0)  # views
 
     def write(self, k: Tensor, v: Tensor, slot_mapping: Tensor) -> None:
         """Put each token's k and v (T, K, D) into its slot, in place. A negative slot is an error, not the last slot."""

@@ -247,6 +247,7 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     enable_chunked_prefill: bool = True
     long_prefill_token_threshold: int = 0  # 0: off
+    async_scheduling: bool | None = None  # plan a step while the one before it runs; None: on CUDA, unless traced
     max_logprobs: int = 20
     attention_backend: str = "auto"
     enforce_eager: bool = False
@@ -270,6 +271,7 @@ class EngineConfig:
         self._require(isinstance(fraction, (int, float)) and 0 < fraction <= 1, "gpu_memory_utilization", "a number in (0, 1]")
         for parameter in ("enable_prefix_caching", "enable_chunked_prefill", "enforce_eager", "skip_tokenizer_init"):
             self._require(isinstance(getattr(self, parameter), bool), parameter, "True or False")
+        self._require(isinstance(self.async_scheduling, bool | None), "async_scheduling", "True, False or None")
         self._check_budget()
 
     def _require(self, holds: bool, parameter: str, wanted: str) -> None:

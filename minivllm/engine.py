@@ -1,6 +1,12 @@
 """The engine: requests go in, steps are made, outputs come out. One loop, and it reads like the sentence
 *schedule, run, sample, update*.
 
+The device never waits for the host if that is one step ahead (`async_scheduling`): it plans and launches step N+1, and then
+takes in what N has sampled. Who ended with N is found out one step late, and what N+1 computed for them is dropped.
+
+    in turns     schedule 1, run 1 | update 1 | schedule 2, run 2 | update 2 | ...
+    one ahead    schedule 1, launch 1 | schedule 2, launch 2 | wait for 1, update 1 | schedule 3, launch 3 | wait for 2, ...
+
 Owns the place where scheduler, model runner and text meet, and nothing that they own: only the scheduler changes queues,
 only the KV manager changes block tables, only the runner holds tensors. Not thread-safe: one thread calls it.
 
@@ -12,6 +18,7 @@ only the KV manager changes block tables, only the runner holds tensors. Not thr
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -25,7 +32,7 @@ from minivllm.output_processor import OutputProcessor
 from minivllm.request import Request, RequestOutput, RequestStatus
 from minivllm.sampling_params import SamplingParams
 from minivllm.scheduler import Scheduler
-from minivllm.scheduler_output import SchedulerStats
+from minivllm.scheduler_output import LaunchedStep, ModelOutput, SchedulerOutput, SchedulerStats
 from minivllm.trace import TraceRecorder
 
 
@@ -49,6 +56,7 @@ class LLMEngine:
         self.input_processor = InputProcessor(self.config, self.model_config.vocab_size, self.tokenizer, self.eos_token_ids)
         self.output_processor = OutputProcessor(self.tokenizer)
         self.trace = TraceRecorder(self.scheduler, self.config.trace)
+        self.launched: deque[tuple[SchedulerOutput, LaunchedStep]] = deque()  # steps in flight, oldest first
         self.num_arrivals = 0
         self.is_closed = False
 
@@ -98,25 +106,55 @@ class LLMEngine:
             if state is not None:
                 ended += [child.request for child in state.children if not child.request.is_finished]
         self.scheduler.finish_requests([request.request_id for request in ended], RequestStatus.FINISHED_ABORTED)
+        self._drop_unawaited_steps()
         return self.output_processor.collect(ended)
 
-    def step(self) -> list[RequestOutput]:
-        """Give every scheduled request its tokens of one forward pass; returns the requests that moved, cumulative.
+    def step(self, *, ahead: bool = True) -> list[RequestOutput]:
+        """Give every request its tokens of one forward pass; returns the requests that moved, cumulative.
 
+        With `async_scheduling` the next step is launched before this one is waited for. `ahead=False` makes it the last one
+        in flight; while somebody reads the trace every step is, so that a record shows one step and not a part of the next.
         If the forward pass raises, nothing is lost: what the step had scheduled waits again, and the error goes on up.
         """
         self._require_alive()
-        scheduler_output = self.scheduler.schedule()
-        try:
-            model_output = self.runner.execute_model(scheduler_output)
-        except BaseException:
-            self.scheduler.rollback(scheduler_output)
-            raise
+        num_ahead = 1 if self.config.async_scheduling and ahead and not self.trace.is_on else 0
+        while len(self.launched) <= num_ahead and (planned := self.scheduler.schedule()).num_scheduled_tokens:
+            self._launch(planned)
+        if not self.launched:
+            return []
+        scheduler_output, model_output = self._wait()
         requests = self.scheduler.update_from_output(scheduler_output, model_output)
         stopped = self.output_processor.update(requests, model_output)
         self.scheduler.finish_requests(stopped, RequestStatus.FINISHED_STOPPED)
+        self._drop_unawaited_steps()
         self.trace.record(scheduler_output, requests)
         return self.output_processor.collect(requests)
+
+    def _launch(self, planned: SchedulerOutput) -> None:
+        """Hand a step to the device. If that raises, it alone is undone: the step in flight before it goes on."""
+        try:
+            self.launched.append((planned, self.runner.execute_model(planned)))
+        except BaseException:
+            self.scheduler.rollback(planned)
+            raise
+
+    def _wait(self) -> tuple[SchedulerOutput, ModelOutput]:
+        """The oldest step in flight and its result. If that raises, every step in flight is undone: they have built on it."""
+        scheduler_output, launched = self.launched[0]
+        try:
+            model_output = launched.result()
+        except BaseException:
+            self.launched.clear()
+            self.scheduler.rollback(scheduler_output)
+            raise
+        self.launched.popleft()
+        return scheduler_output, model_output
+
+    def _drop_unawaited_steps(self) -> None:
+        """With no request left, forget what is in flight: nobody reads it, so nobody waits for it, and an idle engine is clean."""
+        while self.launched and not self.has_unfinished_requests():
+            scheduler_output, _ = self.launched.popleft()
+            self.scheduler.update_from_output(scheduler_output, ModelOutput())
 
     def has_unfinished_requests(self) -> bool:
         return self.scheduler.has_unfinished_requests()
@@ -129,6 +167,7 @@ class LLMEngine:
         """Give the weights, the KV cache and the trace file back. Further calls raise `EngineDeadError`."""
         if not self.is_closed:
             self.is_closed = True
+            self.launched.clear()
             self.trace.close()
             self.runner.close()
 

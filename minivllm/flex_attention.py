@@ -1,14 +1,14 @@
-"""Lesson 14. The same paged attention for decodes, compiled by torch.compile: the block table *is* the sparsity pattern.
+"""Lesson 14. The same paged attention, compiled by torch.compile: the block table *is* the sparsity pattern.
 
-Owns the way from a block table to a FlexAttention `BlockMask`. Knows no request. The readable rung copies each context into
-logical order; here one generated kernel walks each request's blocks where they lie, because the order of keys does not
-matter to a softmax, and the only thing to mask is the part of the last block that is not filled yet:
+Owns the way from block tables to FlexAttention's `BlockMask`, for decodes and for prompts. Knows no request. The readable
+rung copies each context into logical order; here one generated kernel walks each request's blocks where they lie, because
+the order of keys does not matter to a softmax. Only what a block holds beyond a query's own position has to be masked:
 
-    block_table[b] = [7, 2, 5]     position 9, P = 4
-    kv_indices[b]  = [7, 2, 5]     kv_num_blocks[b] = 3     last block 5, filled 2: its slots 22 and 23 are masked
+    a decode at position 9, P = 4      block_table[b] = [7, 2, 5]     in block 5 slots 22 and 23 are not filled yet
+    a tile of queries 8..11            blocks 7 and 2 are seen whole, 5 up to the query's own position
 
-The query heads of a KV head stand in the query axis: `enable_gqa` with a group that is no power of two (7 in Qwen2.5-0.5B and
-7B) falls back to a slower kernel without a word. vLLM has the same idea in vllm/v1/attention/backends/flex_attention.py.
+A step has two kernels, one for its decodes and one for all its prompts, however many requests it has. vLLM has the same
+idea in vllm/v1/attention/backends/flex_attention.py.
 """
 
 from __future__ import annotations
@@ -16,30 +16,55 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from minivllm.attention import PagedAttention
 
-QUERY_BLOCK = 128  # FlexAttention's own block of queries; a group of heads is one such block
+QUERY_TILE = 128  # FlexAttention's own block of queries; each tile belongs to one request
+# Into how many parts the kernel for decodes cuts each context: one program for each of a GPU's hundred-odd processors, all
+# requests together. FlexAttention's own choice takes twice as long at batch 1; and three stages hide the wait for memory.
+SPLIT_PROGRAMS, MOST_SPLITS = 128, 16
+DECODE_KERNEL = {"num_warps": 2, "num_stages": 3}
 
-# Static shapes: the kernel for decodes exists only for a batch size that is known, so there is one per bucket.
-compiled_flex_attention = torch.compile(flex_attention, dynamic=False)
+# The kernel for decodes exists only for a batch size that is known, so there is one per bucket. The one for prompts has a
+# dynamic number of queries, and is compiled once.
+compiled_decode = torch.compile(flex_attention, dynamic=False)
+compiled_prefill = torch.compile(flex_attention, dynamic=True)
 
 
 @dataclass
 class DecodeMetadata:
-    """A step of B decodes on fixed addresses, as a CUDA graph needs it: everything follows from positions and tables."""
+    """One new token for each of B requests."""
 
-    slot_mapping: Tensor  # (B,) int64
     block_mask: BlockMask
 
 
-def make_decode_metadata(positions: Tensor, block_table: Tensor, block_size: int, num_slots: int, group: int) -> DecodeMetadata:
-    """What every layer needs for one new token at `positions` (B,) of each request in `block_table` (B, blocks), both int32.
+@dataclass
+class PrefillMetadata:
+    """Prompts, or chunks of them, cut into Q tiles of up to QUERY_TILE queries of one request each."""
 
-    A padded row has position 0 and a table of null blocks: it writes and reads slot 0. No value is read by the host.
+    block_mask: BlockMask
+    tile_rows: Tensor  # (Q * QUERY_TILE,) int64  which of the prefill tokens stands in each row of the tiles
+    token_rows: Tensor  # (prefill tokens,) int64  and back: in which row of the tiles each token stands
+
+
+@dataclass
+class FlexMetadata:
+    """What one step tells every layer: first the tokens of its decodes, then those of its prompts."""
+
+    slot_mapping: Tensor  # (T,) int64
+    decode: DecodeMetadata | None  # of a batch that may be padded beyond num_decodes
+    prefill: PrefillMetadata | None
+    num_decodes: int
+
+
+def decode_metadata(positions: Tensor, block_table: Tensor, block_size: int, num_slots: int, group: int) -> DecodeMetadata:
+    """One token at `positions` (B,) of each request in `block_table` (B, blocks), both int32, `group` query heads a KV head.
+
+    A padded row has position 0 and a table of null blocks: it reads slot 0. No value is read by the host.
     """
     last_index = positions // block_size  # (B,) which entry of its table holds the new token
     last_block = block_table.gather(1, last_index.long()[:, None])[:, 0]  # (B,) int32
@@ -49,28 +74,109 @@ def make_decode_metadata(positions: Tensor, block_table: Tensor, block_size: int
         return (kv // block_size != last_block[b]) | (kv % block_size < filled[b])
 
     # No block is listed as full: with full blocks the kernel would split its work by the length of the whole pool.
-    block_mask = BlockMask.from_kv_blocks(
+    return DecodeMetadata(BlockMask.from_kv_blocks(
         kv_num_blocks=(last_index + 1).view(-1, 1, 1), kv_indices=block_table[:, None, None, :],
-        BLOCK_SIZE=(QUERY_BLOCK, block_size), mask_mod=mask_mod, seq_lengths=(group, num_slots), compute_q_blocks=False)
-    slots = last_block.long() * block_size + (positions % block_size).long()
-    return DecodeMetadata(slots, block_mask)
+        BLOCK_SIZE=(QUERY_TILE, block_size), mask_mod=mask_mod, seq_lengths=(group, num_slots), compute_q_blocks=False))
+
+
+@dataclass
+class Tiles:
+    """Host arrays, int32: for each tile its request's row, its first query's position and place in the prefill, its length."""
+
+    arrays: np.ndarray  # (4, Q) rows, first positions, first tokens, lengths
+    token_rows: np.ndarray  # (prefill tokens,) in which row of the tiles each token stands
+
+
+def cut_into_tiles(rows: np.ndarray, query_lens: np.ndarray, seq_lens: np.ndarray) -> Tiles:
+    """The tiles of requests that compute their last `query_lens` of `seq_lens` positions; one numpy pass, no loop.
+
+    At least two tiles: torch.compile would make a kernel of its own for exactly one. The extra one repeats the last.
+    """
+    num_tiles = -(-query_lens // QUERY_TILE)  # (B,)
+    num_tiles[-1] += int(num_tiles.sum() == 1)
+    owner = np.repeat(np.arange(len(rows)), num_tiles)  # (Q,)
+    index = np.arange(len(owner)) - np.repeat(np.cumsum(num_tiles) - num_tiles, num_tiles)  # (Q,) which tile of its request
+    offset = np.minimum(index * QUERY_TILE, (query_lens[owner] - 1) // QUERY_TILE * QUERY_TILE)
+    starts = np.cumsum(query_lens) - query_lens
+    first_tile = np.cumsum(num_tiles) - num_tiles
+    token_rows = np.arange(query_lens.sum()) + np.repeat(first_tile * QUERY_TILE - starts, query_lens)
+    arrays = np.stack((rows[owner], (seq_lens - query_lens)[owner] + offset, starts[owner] + offset,
+                       np.minimum(query_lens[owner] - offset, QUERY_TILE)))
+    return Tiles(arrays.astype(np.int32), token_rows.astype(np.int32))
+
+
+def prefill_metadata(tiles: Tensor, token_rows: Tensor, block_table: Tensor, block_index: Tensor,
+                     block_size: int) -> PrefillMetadata:
+    """`tiles` (4, Q) is `Tiles.arrays` on the device; block_table (rows, blocks) int32.
+
+    `block_index` (N,) int32 says where in its request each block stands. It is one number whoever asks: a block that
+    several requests share is at the same place in all of them, because its hash covers all that lies before it.
+    """
+    rows, first_positions, first_tokens, lengths = tiles.unbind(0)  # (Q,) each
+    lane = torch.arange(QUERY_TILE, dtype=torch.int32, device=tiles.device).minimum(lengths[:, None] - 1)  # (Q, tile)
+    positions = (first_positions[:, None] + lane).flatten()  # rows beyond a tile's length repeat its last query
+    num_full = (first_positions + 1) // block_size  # (Q,) blocks that every query of the tile sees whole
+    num_seen = (first_positions + lengths - 1) // block_size + 1  # (Q,)
+    table = block_table[rows]  # (Q, blocks) int32
+    # As wide as the table of full blocks: the kernel of torch 2.11 finds its line in both by one stride.
+    partial = num_full[:, None] + torch.arange(table.shape[1], dtype=torch.int32, device=tiles.device)  # (Q, blocks)
+    partial_blocks = table.gather(1, partial.clamp(max=table.shape[1] - 1).long())
+
+    def mask_mod(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        return block_index[kv // block_size] * block_size + kv % block_size <= positions[q]
+
+    block_mask = BlockMask.from_kv_blocks(
+        kv_num_blocks=(num_seen - num_full)[None, None], kv_indices=partial_blocks[None, None],
+        full_kv_num_blocks=num_full[None, None], full_kv_indices=table[None, None], BLOCK_SIZE=(QUERY_TILE, block_size),
+        mask_mod=mask_mod, seq_lengths=(len(positions), len(block_index) * block_size), compute_q_blocks=False)
+    return PrefillMetadata(block_mask, (first_tokens[:, None] + lane).flatten().long(), token_rows.long())
+
+
+def decode_options(batch_size: int, num_kv_heads: int) -> Any:
+    """How the kernel for decodes is built, as measured on an H200."""
+    return DECODE_KERNEL | {"SPLIT_KV": max(1, min(MOST_SPLITS, SPLIT_PROGRAMS // (batch_size * num_kv_heads)))}
+
+
+def tile_options(block_size: int, dtype: torch.dtype) -> Any:
+    """Queries and keys that one program of the kernel for prompts holds at a time: they must divide tile and block."""
+    queries, keys = (128, 64) if dtype.itemsize == 2 else (64, 32)
+    return {"BLOCK_M": queries, "BLOCK_N": min(keys, block_size)}
 
 
 class FlexPagedAttention(PagedAttention):
-    """The readable rung's tensors. A step of decodes (`DecodeMetadata`) runs compiled; any other as in the rung below.
+    """The readable rung's memory, and another way to read it."""
 
-    torch.compile does not look into `write` and `attend`: the layer around them is compiled in two regions, before and after.
-    """
-
-    @torch.compiler.disable
     def write(self, k: Tensor, v: Tensor, slot_mapping: Tensor) -> None:
-        super().write(k, v, slot_mapping)
+        """One write to one tensor, the whole cache of the layer: a compiled write to a view of it would copy all of it."""
+        self.kv_cache.index_copy_(2, slot_mapping, torch.stack((k, v)).transpose(1, 2))  # (2, K, T, D)
 
-    @torch.compiler.disable
     def attend(self, q: Tensor, metadata: Any) -> Tensor:
-        if not isinstance(metadata, DecodeMetadata):
-            return super().attend(q, metadata)
+        """Each query (T, H, D) over its own request's context, itself included."""
+        parts = []
+        if metadata.decode is not None:
+            parts.append(self.attend_decode(q[: metadata.num_decodes], metadata.decode))
+        if metadata.prefill is not None:
+            parts.append(self.attend_prefill(q[metadata.num_decodes :], metadata.prefill))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def attend_decode(self, q: Tensor, metadata: DecodeMetadata) -> Tensor:
+        """One query each, q (B, H, D). The query heads of a KV head stand in the query axis: `enable_gqa` with a group that is
+        no power of two (7 in Qwen2.5-0.5B and 7B) would fall back to a slower kernel without a word.
+        """
         num_kv_heads, _, head_dim = self.key_cache.shape
-        q = q.view(len(q), num_kv_heads, -1, head_dim)  # (B, K, H/K, D): the group is the query axis
-        output = compiled_flex_attention(q, self.key_cache[None], self.value_cache[None], block_mask=metadata.block_mask)
-        return output.flatten(1, 2)  # (B, H, D)
+        count, size = len(q), len(metadata.block_mask.kv_num_blocks)
+        if count < size:  # in a mixed step; the batch of a decode step is padded from the start
+            padded = q.new_empty_strided((size, *q.shape[1:]), q.stride())  # with other strides it would be compiled anew
+            padded[:count], padded[count:] = q, 0
+            q = padded
+        output = compiled_decode(
+            q.view(size, num_kv_heads, -1, head_dim), self.key_cache[None], self.value_cache[None],
+            block_mask=metadata.block_mask, kernel_options=decode_options(size, num_kv_heads))
+        return output.flatten(1, 2)[:count]  # (B, H, D)
+
+    def attend_prefill(self, q: Tensor, metadata: PrefillMetadata) -> Tensor:
+        """Tiles of queries, q (prefill tokens, H, D)."""
+        tiles = q[metadata.tile_rows].transpose(0, 1)[None]  # (1, H, Q * tile, D)
+        output = compiled_prefill(tiles, self.key_cache[None], self.value_cache[None], block_mask=metadata.block_mask,
+                                  enable_gqa=True, kernel_options=tile_options(self.block_size, q.dtype))
+        return output[0].transpose(0, 1)[metadata.token_rows]  # (prefill tokens, H, D)

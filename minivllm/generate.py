@@ -20,7 +20,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from minivllm.attention import AttentionMetadata, PagedAttention
+from minivllm.attention import AttentionMetadata, PagedAttention, allocate_kv_cache
 from minivllm.dense_cache import DenseCache, DenseMetadata
 from minivllm.model import NoCache, Qwen2ForCausalLM
 
@@ -201,8 +201,9 @@ def greedy_paged(
 def paged_caches(model: Qwen2ForCausalLM, num_blocks: int, block_size: int) -> list[PagedAttention]:
     """An empty pool of blocks for each layer; block 7 of one layer and block 7 of the next hold the same tokens."""
     weight, config = model.lm_head.weight, model.config
-    shape = (num_blocks, block_size, config.num_key_value_heads, config.head_dim)
-    return [PagedAttention(*shape, weight.dtype, weight.device) for _ in model.model.layers]
+    kv_cache = allocate_kv_cache(config.num_hidden_layers, num_blocks, block_size, config.num_key_value_heads, config.head_dim,
+                                 weight.dtype, weight.device)
+    return [PagedAttention(layer, block_size) for layer in kv_cache]
 
 
 def paged_step(

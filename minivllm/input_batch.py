@@ -1,31 +1,86 @@
-"""Lesson 9. The runner's memory: one persistent row per resident request, updated by differences.
+"""Lesson 9. The runner's memory: one row per resident request, updated by differences.
 
-Owns the rows (tokens, block table, lengths, sampling parameters) and turns "request r computes k tokens" into the flat
-arrays of a step. Host arrays only: what reaches the device is decided in model_runner.py. Never reads a `Request`: all it
-knows came through `SchedulerOutput`, as it would if the scheduler lived in another process.
+Owns which request has which row, on the host (`InputBatch`), and what a row holds, on the device (`RowTensors`): its tokens,
+its block table, how far it is. A sampled token goes from the sampler into its row without passing the host, which only counts
+it: so a step can be launched before the host has read what the step before has sampled. Never reads a `Request`: all it knows
+came through `SchedulerOutput`, as it would if the scheduler lived in another process.
 
     row   token_ids            num_computed   this step    flat batch
     0     [5, 8, 2, 9]         3              1            [9 | 4, 4, 7]      decodes first
     2     [4, 4, 7]            0              3
 
-vLLM keeps such rows on the GPU (vllm/v1/worker/gpu/, model runner V2).
+vLLM: vllm/v1/worker/gpu/states.py and block_table.py (model runner V2).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from minivllm.attention import NULL_BLOCK
+from minivllm.sampling_metadata import is_plain
 from minivllm.sampling_params import SamplingParams
 from minivllm.scheduler_output import NewRequestData, SchedulerOutput
 
-NULL_BLOCK = 0
+
+def upload(values: np.ndarray, device: torch.device) -> Tensor:
+    """One copy to the device. From pinned memory, which torch hands out anew only when the copy is done, so that no later
+    step can overwrite what is still being read.
+    """
+    tensor = torch.from_numpy(values)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+class RowTensors:
+    """Rows 0..num_rows-1, and one more that belongs to nobody: padded requests of a CUDA graph stand there."""
+
+    def __init__(self, num_rows: int, max_model_len: int, num_blocks: int, block_size: int, device: torch.device) -> None:
+        self.padding_row = num_rows
+        self.device = device
+        max_blocks = -(-max_model_len // block_size)
+        integers = {"dtype": torch.int32, "device": device}
+        self.token_ids = torch.zeros(num_rows + 1, max_model_len, **integers)  # type: ignore[call-overload]
+        self.block_table = torch.full((num_rows + 1, max_blocks), NULL_BLOCK, **integers)  # type: ignore[call-overload]
+        self.positions = torch.zeros(num_rows + 1, **integers)  # type: ignore[call-overload] # the next one to compute
+        self.temperature = torch.zeros(num_rows + 1, device=device)
+        self.seeds = torch.zeros(num_rows + 1, dtype=torch.int64, device=device)
+        # where in its request each block stands: the same number for all who share it
+        self.block_index = torch.zeros(num_blocks, **integers)  # type: ignore[call-overload]
+
+    def write_tokens(self, rows: Sequence[int], starts: Sequence[int], tokens: Sequence[Sequence[int]]) -> None:
+        """Put `tokens[i]` into row `rows[i]`, from column `starts[i]` on: one upload, one kernel."""
+        where = upload(_cells(rows, starts, tokens), self.device)
+        self.token_ids[where[0], where[1]] = where[2].int()
+
+    def write_blocks(self, rows: Sequence[int], starts: Sequence[int], block_ids: Sequence[Sequence[int]]) -> None:
+        """Lengthen block tables, likewise."""
+        where = upload(_cells(rows, starts, block_ids), self.device)
+        self.block_table[where[0], where[1]] = where[2].int()
+        self.block_index[where[2]] = where[1].int()
+
+    def start_rows(self, rows: Sequence[int], new: Sequence[NewRequestData]) -> None:
+        """What a row starts with beside tokens and blocks."""
+        where = upload(np.array([list(rows), [one.num_computed_tokens for one in new], [one.seed for one in new]]), self.device)
+        self.positions[where[0]] = where[1].int()
+        self.seeds[where[0]] = where[2]
+        temperatures = np.array([one.sampling_params.temperature for one in new], dtype=np.float32)
+        self.temperature[where[0]] = upload(temperatures, self.device)
+
+
+def _cells(rows: Sequence[int], starts: Sequence[int], values: Sequence[Sequence[int]]) -> np.ndarray:
+    """(3, n) int64: row, column and value of every entry."""
+    lengths = [len(one) for one in values]
+    columns = [np.arange(start, start + length) for start, length in zip(starts, lengths)]
+    return np.stack([np.repeat(rows, lengths), np.concatenate(columns), np.concatenate([np.asarray(one) for one in values])])
 
 
 @dataclass
 class RowRequest:
-    """What a row holds beside its arrays: fixed for as long as the request is resident."""
+    """What a row holds beside its tensors: fixed for as long as the request is resident."""
 
     request_id: str
     num_prompt_tokens: int
@@ -38,43 +93,39 @@ class RowRequest:
 
 @dataclass
 class StepInputs:
-    """One step as flat host arrays: T tokens of B requests, decodes first."""
+    """One step as host arrays: T tokens of B requests, decodes first."""
 
-    request_ids: list[str]
     rows: np.ndarray  # (B,) the row of each request
     query_lens: np.ndarray  # (B,)
     seq_lens: np.ndarray  # (B,) context length once this step has written
-    token_ids: np.ndarray  # (T,)
+    token_rows: np.ndarray  # (T,) the row that a token belongs to
     positions: np.ndarray  # (T,)
-    token_rows: np.ndarray  # (T,) which of the B requests a token belongs to
     num_decodes: int
     samples: np.ndarray  # (B,) bool: this step reaches the request's newest token, so it gets a next one
 
     @property
     def is_decode(self) -> bool:
-        """Every request computes one token."""
-        return self.num_decodes == len(self.rows)
+        """Every request computes one token and gets the next one."""
+        return self.num_decodes == len(self.rows) and bool(self.samples.all())
 
 
 class InputBatch:
-    """Rows 0..max_num_seqs-1. `num_computed` positions of a row have KV; `num_tokens` are known."""
+    """Who has which row. `num_computed` positions of a row have KV; `num_tokens` exist, though the newest may be known to the
+    device alone.
+    """
 
-    def __init__(self, max_num_seqs: int, max_model_len: int, block_size: int) -> None:
-        max_blocks = -(-max_model_len // block_size)
-        # zeros are handed out lazily by the operating system: an unused row costs no memory
-        self.token_ids = np.zeros((max_num_seqs, max_model_len), dtype=np.int64)
-        self.block_table = np.full((max_num_seqs, max_blocks), NULL_BLOCK, dtype=np.int32)
+    def __init__(self, max_num_seqs: int) -> None:
         self.num_blocks = np.zeros(max_num_seqs, dtype=np.int64)
         self.num_tokens = np.zeros(max_num_seqs, dtype=np.int64)
         self.num_computed = np.zeros(max_num_seqs, dtype=np.int64)
         self.requests: list[RowRequest | None] = [None] * max_num_seqs
         self.row_of: dict[str, int] = {}
         self.free_rows = list(reversed(range(max_num_seqs)))
-        self.block_size = block_size
         self.num_admissions = 0
         self.wants_prompt_logprobs: set[str] = set()
+        self.wants_more_than_temperature: set[str] = set()
 
-    def add(self, new: NewRequestData, bad_words_token_ids: list[list[int]]) -> None:
+    def add(self, new: NewRequestData, bad_words_token_ids: list[list[int]]) -> int:
         """Give a request a row: first-time, or resumed with what it had sampled before it was preempted."""
         assert self.free_rows, "the scheduler keeps at most max_num_seqs requests resident"
         row = self.free_rows.pop()
@@ -84,19 +135,20 @@ class InputBatch:
         self.num_admissions += 1
         if new.sampling_params.prompt_logprobs is not None:
             self.wants_prompt_logprobs.add(new.request_id)
-        self.token_ids[row, : len(new.token_ids)] = new.token_ids
+        if not is_plain(new.sampling_params):
+            self.wants_more_than_temperature.add(new.request_id)
         self.num_tokens[row] = len(new.token_ids)
         self.num_computed[row] = new.num_computed_tokens
         self.num_blocks[row] = 0
-        self.append_blocks(new.request_id, new.block_ids)
+        return row
 
     def remove(self, request_id: str) -> None:
-        """Forget a finished or preempted request; one that never got a row is no error."""
+        """Forget a finished or preempted request; one that never got a row is no error. What its row held is not read again."""
         row = self.row_of.pop(request_id, None)
         self.wants_prompt_logprobs.discard(request_id)
+        self.wants_more_than_temperature.discard(request_id)
         if row is not None:
             self.requests[row] = None
-            self.block_table[row, : self.num_blocks[row]] = NULL_BLOCK
             self.free_rows.append(row)
 
     def request(self, row: int) -> RowRequest:
@@ -104,33 +156,19 @@ class InputBatch:
         assert request is not None, f"row {row} belongs to nobody"
         return request
 
-    def append_blocks(self, request_id: str, block_ids: list[int]) -> None:
-        row = self.row_of[request_id]
-        start = self.num_blocks[row]
-        self.block_table[row, start : start + len(block_ids)] = block_ids
-        self.num_blocks[row] += len(block_ids)
-
-    def append_tokens(self, rows: np.ndarray, token_ids: np.ndarray) -> None:
-        """One sampled token for each of these rows."""
-        self.token_ids[rows, self.num_tokens[rows]] = token_ids
-        self.num_tokens[rows] += 1
-
     def prepare(self, output: SchedulerOutput) -> StepInputs:
         """The flat arrays of this step. `num_computed` advances here, as it has in the scheduler."""
         scheduled = output.num_scheduled_tokens
-        # Decodes first: attention reads their contexts in one gather. The order does not change any result.
+        # Decodes first: attention reads their contexts in one kernel. The order does not change any result.
         request_ids = sorted(scheduled, key=lambda request_id: scheduled[request_id] > 1)
         rows = np.fromiter((self.row_of[request_id] for request_id in request_ids), dtype=np.int64, count=len(request_ids))
         query_lens = np.fromiter((scheduled[request_id] for request_id in request_ids), dtype=np.int64, count=len(request_ids))
         computed = self.num_computed[rows]
         starts = np.cumsum(query_lens) - query_lens  # (B,) where each request's tokens begin in the flat batch
-        token_rows = np.repeat(np.arange(len(rows)), query_lens)  # (T,)
-        positions = np.arange(len(token_rows)) - np.repeat(starts - computed, query_lens)  # (T,)
         seq_lens = computed + query_lens
         self.num_computed[rows] = seq_lens
         return StepInputs(
-            request_ids, rows, query_lens, seq_lens,
-            token_ids=self.token_ids[rows[token_rows], positions],  # (T,) a copy
-            positions=positions, token_rows=token_rows, num_decodes=int((query_lens == 1).sum()),
-            samples=seq_lens == self.num_tokens[rows],
+            rows, query_lens, seq_lens, token_rows=np.repeat(rows, query_lens),
+            positions=np.arange(query_lens.sum()) - np.repeat(starts - computed, query_lens),  # (T,)
+            num_decodes=int((query_lens == 1).sum()), samples=seq_lens == self.num_tokens[rows],
         )

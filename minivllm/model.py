@@ -155,13 +155,12 @@ class Attention(nn.Module):
         self.qkv_proj = make_linear(config.hidden_size, rows, bias=True, dtype=dtype, device=device)
         self.o_proj = make_linear(self.num_heads * self.head_dim, config.hidden_size, bias=False, dtype=dtype, device=device)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: AttentionLayer, metadata: Any) -> Tensor:
-        """Project, rotate, remember, look back: (T, E) to (T, E). Keys are kept rotated: the past is never touched again."""
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries (T, H, D), rotated keys and values (T, K, D) of x (T, E). Kept keys are rotated once and for all."""
         heads = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))  # (T, H + 2K, D)
         qk, v = heads.split((self.num_heads + self.num_kv_heads, self.num_kv_heads), dim=1)  # views
-        q, k = rope(qk, cos, sin).split((self.num_heads, self.num_kv_heads), dim=1)  # (T, H, D), (T, K, D)
-        cache.write(k, v, metadata.slot_mapping)
-        return self.o_proj(cache.attend(q, metadata).flatten(1))  # (T, H, D) -> (T, H * D) -> (T, E)
+        q, k = rope(qk, cos, sin).split((self.num_heads, self.num_kv_heads), dim=1)
+        return q, k, v
 
 
 class MLP(nn.Module):
@@ -187,7 +186,18 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: AttentionLayer, metadata: Any) -> Tensor:
         """Tokens look at each other, then each thinks for itself; both add to x (T, E) and never replace it."""
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache, metadata)
+        q = self.before_attention(x, cos, sin, cache, metadata.slot_mapping)
+        return self.after_attention(x, cache.attend(q, metadata))
+
+    def before_attention(self, x: Tensor, cos: Tensor, sin: Tensor, cache: AttentionLayer, slot_mapping: Any) -> Tensor:
+        """Norm, project, rotate, remember: x (T, E) to the queries (T, H, D) that look back."""
+        q, k, v = self.self_attn.project(self.input_layernorm(x), cos, sin)
+        cache.write(k, v, slot_mapping)
+        return q
+
+    def after_attention(self, x: Tensor, seen: Tensor) -> Tensor:
+        """Add what was seen (T, H, D) to x (T, E), then what the MLP makes of it."""
+        x = x + self.self_attn.o_proj(seen.flatten(1))
         return x + self.mlp(self.post_attention_layernorm(x))
 
 

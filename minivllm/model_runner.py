@@ -1,33 +1,40 @@
 """Lesson 9. From a schedule to tokens: flat inputs, one forward pass for prefills and decodes together, a token where one is due.
 
-Owns the device's tensors: the weights, one K and one V tensor per layer, the inputs of a step. Never reads a `Request` and
-never decides who runs: it follows `SchedulerOutput` to the letter.
+Owns the device's tensors: the weights, the KV cache, the rows of the batch. Never reads a `Request` and never decides who
+runs: it follows `SchedulerOutput` to the letter.
 
     {"a": 1, "b": 3}  ->  input_ids (4,), positions (4,), slots (4,)  ->  hidden (4, E)  ->  logits (2, V)  ->  {"a": [7], "b": [2]}
 
-Logits are computed only where a token is sampled: the head of Qwen2.5-0.5B is 27 % of the model's arithmetic. vLLM:
-vllm/v1/worker/gpu/model_runner.py.
+`execute_model` launches a step and does not wait for it: the sampled tokens go from the sampler into the rows, where the next
+step finds them, and to the host, which reads them when it asks for the result. Logits are computed only where a token is
+sampled: the head of Qwen2.5-0.5B is 27 % of the model's arithmetic. vLLM: vllm/v1/worker/gpu/model_runner.py.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from minivllm.attention import AttentionMetadata, PagedAttention, slot_mapping
+from minivllm.async_output import AsyncOutput, PromptLogprobs
+from minivllm.attention import AttentionMetadata, PagedAttention, allocate_kv_cache, slot_mapping, zero_blocks
+from minivllm.compiled_model import CompiledModel
 from minivllm.config import EngineConfig
-from minivllm.cuda_graphs import DecodeGraphs, compile_layers
-from minivllm.flex_attention import FlexPagedAttention
-from minivllm.input_batch import InputBatch, StepInputs
-from minivllm.logprobs import WHOLE_VOCABULARY, compute_logprobs, prompt_logprobs, to_dicts
+from minivllm.cuda_graphs import DecodeGraphs, bucket_of
+from minivllm.flex_attention import FlexMetadata, FlexPagedAttention, cut_into_tiles, decode_metadata, prefill_metadata
+from minivllm.input_batch import InputBatch, RowTensors, StepInputs, upload
+from minivllm.logprobs import WHOLE_VOCABULARY, compute_logprobs, prompt_logprobs
 from minivllm.model import Qwen2ForCausalLM
-from minivllm.request import Logprob
+from minivllm.prompt_graphs import PromptGraphs
 from minivllm.sampler import sample
 from minivllm.sampling_metadata import RowParams, SamplingMetadata, encode_bad_words
-from minivllm.scheduler_output import ModelOutput, SchedulerOutput
+from minivllm.scheduler_output import SchedulerOutput
+
+# A step of fewer flops takes the GPU less time than it takes the host to launch its kernels one by one: some 10 ms.
+HOST_BOUND_FLOPS = 2_000_000_000_000
 
 
 class ModelRunner:
@@ -37,136 +44,177 @@ class ModelRunner:
         assert config.num_blocks and config.block_size and config.max_model_len, "a started engine has decided its sizes"
         shape = model.config
         self.model = model
+        self.config = config
         self.device = device
         self.block_size = config.block_size
         self.tokenizer = tokenizer
+        self.uses_flex = config.attention_backend == "flex_attention"
         dtype = next(model.parameters()).dtype
-        self.config = config
-        attention = FlexPagedAttention if config.attention_backend == "flex_attention" else PagedAttention
-        self.kv_caches = [
-            attention(config.num_blocks, config.block_size, shape.num_key_value_heads, shape.head_dim, dtype, device)
-            for _ in range(shape.num_hidden_layers)
-        ]
-        self.batch = InputBatch(config.max_num_seqs, config.max_model_len, config.block_size)
+        self.kv_cache = allocate_kv_cache(shape.num_hidden_layers, config.num_blocks, config.block_size,
+                                          shape.num_key_value_heads, shape.head_dim, dtype, device)
+        attention = FlexPagedAttention if self.uses_flex else PagedAttention
+        self.kv_caches = [attention(layer, config.block_size) for layer in self.kv_cache]
+        self.batch = InputBatch(config.max_num_seqs)
+        self.rows = RowTensors(config.max_num_seqs, config.max_model_len, config.num_blocks, config.block_size, device)
         self.sampling_key: list[int] = []  # whom `metadata` is about
         self.metadata: SamplingMetadata
+        self.forward_model: Callable[..., Tensor] = model
         self.graphs: DecodeGraphs | None = None
-        self.graph_key: list[int] = []
+        self.prompt_graphs: PromptGraphs | None = None
 
     @torch.inference_mode()
-    def execute_model(self, output: SchedulerOutput) -> ModelOutput:
+    def execute_model(self, output: SchedulerOutput) -> AsyncOutput:
         """Compute the scheduled positions, write their KV, and sample for every request that has reached its newest token."""
         self.update_rows(output)
         if not output.num_scheduled_tokens:
-            return ModelOutput()
+            return AsyncOutput()
         inputs = self.batch.prepare(output)
-        if self.graphs is not None and inputs.samples.all() and not self.batch.wants_prompt_logprobs and inputs.is_decode:
+        if self.graphs is not None and inputs.is_decode and not self.batch.wants_prompt_logprobs:
             return self.run_graph(inputs, self.graphs)
         hidden = self.forward(inputs)
-        result = ModelOutput(prompt_logprobs=self.prompt_logprobs(inputs, hidden))
-        self.sample(inputs, hidden, result)
-        return result
+        return self.sample(inputs, hidden, self.prompt_logprobs(inputs, hidden))
 
+    @torch.inference_mode()
     def warm_up(self) -> None:
         """Compile and capture before the first request comes. Only the null block is written, and nothing is counted."""
-        if self.config.attention_backend == "flex_attention" and not self.config.enforce_eager:
-            with torch.inference_mode():
-                compile_layers(self.model)
-                self.graphs = DecodeGraphs(self.model, self.kv_caches, self.config.max_num_seqs, self.batch.block_table.shape[1])
-                self.graphs.capture()
+        if not self.uses_flex or (self.config.enforce_eager and self.device.type == "cuda"):
+            return
+        on_gpu = self.device.type == "cuda"
+        if on_gpu:
+            for cache in self.kv_caches:
+                torch._dynamo.mark_static(cache.kv_cache)
+            self.forward_model = CompiledModel(self.model)
+        num_parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        most_tokens = min(self.config.max_num_batched_tokens or 0, HOST_BOUND_FLOPS // num_parameters)
+        self.prompt_graphs = PromptGraphs(self.forward_model, self.kv_caches, self.rows, most_tokens, use_graphs=on_gpu)
+        self.graphs = DecodeGraphs(self.model, self.forward_model, self.kv_caches, self.rows, self.config.max_num_seqs,
+                                   use_graphs=on_gpu, use_compile=on_gpu)
+        if on_gpu:
+            self.graphs.capture()
+            for num_tokens in (2, min(300, self.rows.token_ids.shape[1])):
+                inputs = self.padding_inputs(num_tokens)
+                self.forward_ungraphed(inputs, *self.upload(inputs.rows, inputs.seq_lens))
+            self.prompt_graphs.capture()
 
-    def run_graph(self, inputs: StepInputs, graphs: DecodeGraphs) -> ModelOutput:
+    def padding_inputs(self, num_tokens: int) -> StepInputs:
+        """A prompt and a decode that belong to nobody: they write into the null block."""
+        row = self.rows.padding_row
+        query_lens = np.array([1, num_tokens])
+        return StepInputs(np.array([row, row]), query_lens, query_lens, np.full(num_tokens + 1, row),
+                          np.concatenate(([0], np.arange(num_tokens))), 1, np.array([False, False]))
+
+    def run_graph(self, inputs: StepInputs, graphs: DecodeGraphs) -> AsyncOutput:
         """A step in which every request gets its next token. What the graph does not know of sampling is done after it."""
-        rows = inputs.rows
-        metadata = self.sampling_metadata(rows)
-        if self.graph_key != self.sampling_key:
-            self.graph_key = self.sampling_key
-            graphs.set_sampling(metadata)
-        num_blocks = -(-int(inputs.seq_lens.max()) // self.block_size)
-        logits, token_ids = graphs.run(inputs.token_ids, inputs.positions, self.batch.block_table[rows, :num_blocks])
-        result = ModelOutput()
-        self.take(rows, logits, token_ids if metadata.is_plain else sample(logits, metadata), result)
-        return result
+        logits, token_ids = graphs.run(inputs.rows)
+        if self.batch.wants_more_than_temperature:
+            token_ids = self.sample_into_rows(logits, inputs.rows, graphs.index[: len(inputs.rows)])
+        return self.launched(inputs.rows, logits, token_ids, {})
 
     def update_rows(self, output: SchedulerOutput) -> None:
         """Apply the differences since the last step, and zero the blocks that are new."""
         for request_id in (*output.finished_request_ids, *output.preempted_request_ids):
             self.batch.remove(request_id)
-        new_blocks: list[int] = []
-        for new in output.new_requests:
-            self.batch.add(new, encode_bad_words(self.tokenizer, new.sampling_params.bad_words or ()))
-            new_blocks += new.block_ids[new.num_computed_tokens // self.block_size:]  # what lies before are prefix hits
-        for request_id, block_ids in output.new_block_ids.items():
-            self.batch.append_blocks(request_id, block_ids)
-            new_blocks += block_ids
-        if new_blocks:
-            for cache in self.kv_caches:
-                cache.zero_blocks(new_blocks)
+        new_rows = [self.batch.add(new, encode_bad_words(self.tokenizer, new.sampling_params.bad_words or ()))
+                    for new in output.new_requests]
+        if new_rows:
+            self.rows.start_rows(new_rows, output.new_requests)
+            self.rows.write_tokens(new_rows, [0] * len(new_rows), [new.token_ids for new in output.new_requests])
+        tables = [new.block_ids for new in output.new_requests] + list(output.new_block_ids.values())
+        if tables:
+            rows = new_rows + [self.batch.row_of[request_id] for request_id in output.new_block_ids]
+            self.rows.write_blocks(rows, self.batch.num_blocks[rows].tolist(), tables)
+            self.batch.num_blocks[rows] += [len(table) for table in tables]
+            # The blocks before num_computed_tokens are prefix hits: they hold what others have computed.
+            hits = [new.num_computed_tokens // self.block_size for new in output.new_requests] + [0] * len(output.new_block_ids)
+            new_blocks = np.array([block for table, num_hits in zip(tables, hits) for block in table[num_hits:]], dtype=np.int64)
+            zero_blocks(self.kv_cache, upload(new_blocks, self.device), self.block_size)
 
     def forward(self, inputs: StepInputs) -> Tensor:
         """One pass over T tokens of B requests; returns hidden states (T, E)."""
-        num_blocks = -(-int(inputs.seq_lens.max()) // self.block_size)
-        block_table = self.to_device(self.batch.block_table[inputs.rows, :num_blocks])  # (B, blocks in use)
-        positions = self.to_device(inputs.positions)  # (T,)
-        metadata = AttentionMetadata(
-            query_start_loc=self.to_device(np.concatenate(([0], np.cumsum(inputs.query_lens))).astype(np.int32)),
-            seq_lens=self.to_device(inputs.seq_lens.astype(np.int32)),
-            block_table=block_table,
-            slot_mapping=slot_mapping(block_table, self.to_device(inputs.token_rows), positions, self.block_size),
-            num_decodes=inputs.num_decodes,
-            host_query_lens=inputs.query_lens.tolist(),
-            host_seq_lens=inputs.seq_lens.tolist(),
-        )
-        return self.model(self.to_device(inputs.token_ids), positions, self.kv_caches, metadata)
+        rows, seq_lens = self.upload(inputs.rows, inputs.seq_lens)
+        self.rows.positions[rows] = seq_lens.int()
+        if self.prompt_graphs is not None and self.prompt_graphs.fits(inputs):
+            return self.prompt_graphs.run(inputs)
+        return self.forward_ungraphed(inputs, rows, seq_lens)
 
-    def sample(self, inputs: StepInputs, hidden: Tensor, result: ModelOutput) -> None:
+    def forward_ungraphed(self, inputs: StepInputs, rows: Tensor, seq_lens: Tensor) -> Tensor:
+        """The same for a step of any shape."""
+        token_rows, positions = self.upload(inputs.token_rows, inputs.positions)
+        input_ids = self.rows.token_ids[token_rows, positions]  # (T,)
+        slots = slot_mapping(self.rows.block_table, token_rows, positions, self.block_size)
+        metadata = self.flex_metadata(inputs, slots) if self.uses_flex else self.paged_metadata(inputs, rows, seq_lens, slots)
+        return self.forward_model(input_ids, positions, self.kv_caches, metadata)
+
+    def paged_metadata(self, inputs: StepInputs, rows: Tensor, seq_lens: Tensor, slots: Tensor) -> AttentionMetadata:
+        """What the readable attention has to know of a step."""
+        num_blocks = -(-int(inputs.seq_lens.max()) // self.block_size)
+        (starts,) = self.upload(np.concatenate(([0], np.cumsum(inputs.query_lens))))
+        return AttentionMetadata(starts.int(), seq_lens.int(), self.rows.block_table[rows, :num_blocks], slots, inputs.num_decodes,
+                                 inputs.query_lens.tolist(), inputs.seq_lens.tolist())
+
+    def flex_metadata(self, inputs: StepInputs, slots: Tensor) -> FlexMetadata:
+        """What the compiled attention has to know of a step: decodes padded to a bucket, prompts cut into tiles."""
+        count, shape, decode, prefill = inputs.num_decodes, self.model.config, None, None
+        if count:
+            padded = np.zeros((2, bucket_of(count, self.config.max_num_seqs)), dtype=np.int64)
+            padded[0], padded[0, :count], padded[1, :count] = self.rows.padding_row, inputs.rows[:count], inputs.positions[:count]
+            rows, positions = upload(padded, self.device)
+            group = shape.num_attention_heads // shape.num_key_value_heads
+            decode = decode_metadata(positions.int(), self.rows.block_table[rows], self.block_size, self.kv_cache.shape[3], group)
+        if count < len(inputs.rows):
+            tiles = cut_into_tiles(inputs.rows[count:], inputs.query_lens[count:], inputs.seq_lens[count:])
+            arrays, token_rows = upload(tiles.arrays, self.device), upload(tiles.token_rows, self.device)
+            prefill = prefill_metadata(arrays, token_rows, self.rows.block_table, self.rows.block_index, self.block_size)
+        return FlexMetadata(slots, decode, prefill, count)
+
+    def sample(self, inputs: StepInputs, hidden: Tensor, prompt_logprobs: PromptLogprobs) -> AsyncOutput:
         """One token for every request that this step has brought to its newest one; others are still in their prompt."""
         rows = inputs.rows[inputs.samples]
         if len(rows) == 0:
-            return
-        last = (np.cumsum(inputs.query_lens) - 1)[inputs.samples]  # each request's last row in the flat batch
-        logits = self.model.compute_logits(hidden[self.to_device(last)])  # (R, V)
-        self.take(rows, logits, sample(logits, self.sampling_metadata(rows)), result)
+            return AsyncOutput(prompt_logprobs=prompt_logprobs)
+        last, index = self.upload((np.cumsum(inputs.query_lens) - 1)[inputs.samples], rows)  # their last rows in the flat batch
+        logits = self.model.compute_logits(hidden[last])  # (R, V)
+        if self.graphs is not None and not self.batch.wants_more_than_temperature:
+            return self.launched(rows, logits, self.graphs.sample(logits, index), prompt_logprobs)
+        return self.launched(rows, logits, self.sample_into_rows(logits, rows, index), prompt_logprobs)
 
-    def take(self, rows: np.ndarray, logits: Tensor, token_ids: Tensor, result: ModelOutput) -> None:
-        """Append each row's sampled token (R,) and report it. The one place of a step where the host waits for the device."""
-        self.take_logprobs(rows, logits, token_ids, result)
-        sampled = token_ids.cpu().numpy()
-        self.batch.append_tokens(rows, sampled)
-        for row, token_id in zip(rows, sampled.tolist()):
-            result.sampled_token_ids[self.batch.request(row).request_id] = [token_id]
+    def sample_into_rows(self, logits: Tensor, rows: np.ndarray, index: Tensor) -> Tensor:
+        """A token (R,) for each of the logits (R, V), by all that their requests ask for; it becomes its row's newest."""
+        metadata = self.sampling_metadata(rows, index)
+        token_ids = sample(logits, metadata)
+        self.rows.token_ids[index, metadata.positions] = token_ids.int()
+        return token_ids
 
-    def sampling_metadata(self, rows: np.ndarray) -> SamplingMetadata:
+    def launched(self, rows: np.ndarray, logits: Tensor, token_ids: Tensor, prompt_logprobs: PromptLogprobs) -> AsyncOutput:
+        """Count each row's sampled token (R,), and send it on its way to the host."""
+        self.batch.num_tokens[rows] += 1
+        requests = [self.batch.request(row) for row in rows]
+        step = AsyncOutput([request.request_id for request in requests], token_ids, prompt_logprobs)
+        asked = {index: request.params.logprobs for index, request in enumerate(requests) if request.params.logprobs is not None}
+        if asked:
+            (chosen,) = self.upload(np.array(list(asked)))
+            most = WHOLE_VOCABULARY if WHOLE_VOCABULARY in asked.values() else max(asked.values())
+            step.add_logprobs(compute_logprobs(logits[chosen], token_ids[chosen], most), asked)
+        return step
+
+    def sampling_metadata(self, rows: np.ndarray, index: Tensor) -> SamplingMetadata:
         """What the sampler must know of these rows. Built when the batch changes; else only positions and history move."""
         requests = [self.batch.request(row) for row in rows]
         key = [request.admission for request in requests]
-        positions = self.batch.num_tokens[rows]  # where the new tokens will stand
+        known = self.batch.num_tokens[rows]  # where the new tokens will stand
         if key != self.sampling_key:
             self.sampling_key = key
             self.metadata = SamplingMetadata.from_requests(
                 [RowParams(request.params, request.seed, int(position), request.num_prompt_tokens, (), request.eos_token_ids,
-                           request.bad_words_token_ids) for request, position in zip(requests, positions)],
+                           request.bad_words_token_ids) for request, position in zip(requests, known)],
                 self.model.config.vocab_size, self.device)
-        history = None
-        if self.metadata.needs_history:
-            history = self.to_device(self.batch.token_ids[rows, : positions.max()])  # (R, L)
-        self.metadata = self.metadata.advance(self.to_device(positions), history)
+        history = self.rows.token_ids[index, : known.max()].long() if self.metadata.needs_history else None  # (R, L)
+        self.metadata = self.metadata.advance(self.rows.positions[index].long(), history)
         return self.metadata
 
-    def take_logprobs(self, rows: np.ndarray, logits: Tensor, token_ids: Tensor, result: ModelOutput) -> None:
-        """Logprobs of the sampled tokens, for the rows that asked."""
-        requests = [self.batch.request(row) for row in rows]
-        asked = {index: request.params.logprobs for index, request in enumerate(requests) if request.params.logprobs is not None}
-        if asked:
-            chosen = torch.tensor(list(asked), device=self.device)
-            most = WHOLE_VOCABULARY if WHOLE_VOCABULARY in asked.values() else max(asked.values())
-            entries = to_dicts(compute_logprobs(logits[chosen], token_ids[chosen], most), list(asked.values()))
-            for index, entry in zip(asked, entries):
-                result.logprobs[requests[index].request_id] = [entry]
-
-    def prompt_logprobs(self, inputs: StepInputs, hidden: Tensor) -> dict[str, tuple[int, list[dict[int, Logprob]]]]:
-        """For requests that asked: logprobs of the prompt tokens that this step's positions predict."""
-        found: dict[str, tuple[int, list[dict[int, Logprob]]]] = {}
+    def prompt_logprobs(self, inputs: StepInputs, hidden: Tensor) -> PromptLogprobs:
+        """For requests that asked: logprobs of the prompt tokens that this step's positions predict. Waits for the device."""
+        found: PromptLogprobs = {}
         if not self.batch.wants_prompt_logprobs:
             return found
         starts = np.cumsum(inputs.query_lens) - inputs.query_lens
@@ -177,16 +225,18 @@ class ModelRunner:
             if request.params.prompt_logprobs is None or first >= end:
                 continue
             states = hidden[starts[index] : starts[index] + end - first]
-            following = self.to_device(self.batch.token_ids[row, first + 1 : end + 1])
+            following = self.rows.token_ids[row, first + 1 : end + 1].long()
             entries = prompt_logprobs(states, following, self.model.compute_logits, request.params.prompt_logprobs)
             found[request.request_id] = (first + 1, list(entries))
         return found
 
-    def to_device(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(self.device, non_blocking=True)
+    def upload(self, *arrays: np.ndarray) -> tuple[Tensor, ...]:
+        """Flat arrays of integers as int64, in one copy."""
+        return upload(np.concatenate(arrays), self.device).split([len(array) for array in arrays])
 
     def close(self) -> None:
         """Let go of weights and KV, and hand cached GPU memory back to the device."""
-        del self.model, self.kv_caches, self.graphs
+        del self.model, self.forward_model, self.kv_cache, self.kv_caches, self.rows, self.graphs, self.prompt_graphs
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+

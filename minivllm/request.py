@@ -5,6 +5,8 @@ is one inequality, and chunked prefill, decode, prefix hits and preemption are a
 
     num_computed_tokens < num_tokens        positions with KV written  <  prompt + output tokens
 
+(One step ahead, the tokens that are being sampled count on the right side: `num_output_placeholders`.)
+
     WAITING --schedule--> RUNNING --stop, length, abort--> FINISHED_*
        ^                     |
        +---- PREEMPTED <-----+    blocks given back, num_computed_tokens = 0
@@ -84,6 +86,7 @@ class Request:
         self.stop_reason: int | str | None = None
         self.all_token_ids: list[int] = list(prompt_token_ids)
         self.num_computed_tokens = 0
+        self.num_output_placeholders = 0  # tokens that steps in flight will sample for it: counted, and not known yet
         self.max_num_computed_tokens = 0  # the most that it ever was: what lies below is computed again after a preemption
         self.num_cached_tokens = -1  # prefix-cache hits at the first admission; -1 until then
         self.num_preemptions = 0
@@ -119,6 +122,22 @@ class Request:
                 f"{self.num_output_tokens} sampled)")
 
 
+def append_sampled_tokens(request: Request, token_ids: Sequence[int], now: float, max_model_len: int) -> int:
+    """Append what a step sampled, up to the token that ends the request, and say how many tokens that is.
+
+    They come one by one: what follows the last one was never said.
+    """
+    request.num_output_placeholders -= 1  # one a step, however many tokens it brings
+    if request.times.first_token is None:
+        request.times.first_token = now
+    request.times.last_token = now
+    for num_appended, token_id in enumerate(token_ids, start=1):
+        request.append_output_token_id(token_id)
+        if check_stop(request, max_model_len):
+            return num_appended
+    return len(token_ids)
+
+
 def check_stop(request: Request, max_model_len: int) -> bool:
     """Set `status` and `stop_reason` if the newest token ends the request, and say whether it does.
 
@@ -132,10 +151,16 @@ def check_stop(request: Request, max_model_len: int) -> bool:
             request.status = RequestStatus.FINISHED_STOPPED
             request.stop_reason = None if is_eos and last == request.eos_token_ids[0] else last
             return True
-    if request.num_tokens >= max_model_len or request.num_output_tokens >= (request.max_tokens or math.inf):
+    if reaches_length(request, max_model_len):
         request.status = RequestStatus.FINISHED_LENGTH_CAPPED
         return True
     return False
+
+
+def reaches_length(request: Request, max_model_len: int, num_coming: int = 0) -> bool:
+    """Whether the request's length ends it, or is sure to once `num_coming` more tokens are there."""
+    num_output_tokens = request.num_output_tokens + num_coming
+    return request.num_tokens + num_coming >= max_model_len or num_output_tokens >= (request.max_tokens or math.inf)
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,8 @@ from minivllm.sampling_params import SamplingParams
 
 PER_ROW = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
            "seeds", "prompt_lens", "positions", "token_ids")
+NO_PENALTIES = (1.0, 0.0, 0.0)  # repetition, presence, frequency
+TINY_TEMPERATURE = 0.05  # below it a float32 of logit / temperature has no digits left for the noise
 ANY_TOKEN = -1  # fills up the prefixes of bad words on the left, and matches whatever stands there
 
 
@@ -111,13 +113,6 @@ class SamplingMetadata:
         """Whether sampling reads `token_ids`; if not, (R, 0) will do."""
         return self.has_penalties or (self.bad_words is not None and self.bad_words.prefixes.shape[1] > 0)
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether temperatures are all there is to it: nothing masked, biased or cut off."""
-        warps = self.has_top_k or self.has_top_p or self.has_min_p or self.has_penalties
-        masks = (self.allowed_mask, self.bias, self.early_stops, self.bad_words)
-        return not warps and all(mask is None for mask in masks)
-
     def advance(self, positions: Tensor, token_ids: Tensor | None = None) -> SamplingMetadata:
         """The same rows at other positions (R,), and with another history (R, L) if one is given. Shares every other tensor.
 
@@ -150,6 +145,14 @@ class SamplingMetadata:
             early_stops=_early_stops(rows, device),
             bad_words=bad_words,
         )
+
+
+def is_plain(params: SamplingParams) -> bool:
+    """Whether a temperature, and not a tiny one, is all that a request asks of the sampler: nothing masked, biased or cut off."""
+    cuts = not params.is_greedy and (params.top_k > 0 or params.top_p < 1 or params.min_p > 0)
+    penalties = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) != NO_PENALTIES
+    masks = params.allowed_token_ids is not None or params.logit_bias or params.bad_words or params.min_tokens
+    return not (cuts or penalties or masks or 0 < params.temperature < TINY_TEMPERATURE)
 
 
 def effective_top_k(params: SamplingParams, vocab_size: int) -> int:
@@ -194,13 +197,12 @@ def _flags(asked: list[SamplingParams], top_ks: list[int], vocab_size: int) -> d
     drawn = [(params, k) for params, k in zip(asked, top_ks) if not params.is_greedy]
     limited = [k for _, k in drawn if k < vocab_size]
     nucleus = [k for params, k in drawn if params.top_p < 1]
-    neutral = (1.0, 0.0, 0.0)
     return {
         "all_greedy": not drawn,
         "has_top_k": bool(limited),
         "has_top_p": bool(nucleus),
         "has_min_p": any(params.min_p > 0 for params, _ in drawn),
-        "has_penalties": any((p.repetition_penalty, p.presence_penalty, p.frequency_penalty) != neutral for p in asked),
+        "has_penalties": any((p.repetition_penalty, p.presence_penalty, p.frequency_penalty) != NO_PENALTIES for p in asked),
         "top_k_width": _width(limited, vocab_size),
         "top_p_width": _width(nucleus, vocab_size),
     }

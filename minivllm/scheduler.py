@@ -22,21 +22,21 @@ from collections.abc import Callable, Iterable
 from minivllm.config import EngineConfig
 from minivllm.exceptions import ValidationError
 from minivllm.kv_cache import KVCacheManager
-from minivllm.request import Request, RequestStatus, check_stop
+from minivllm.request import Request, RequestStatus, append_sampled_tokens, reaches_length
 from minivllm.request_queue import RequestQueue, check_can_finish
 from minivllm.scheduler_output import Decision, ModelOutput, NewRequestData, SchedulerOutput, SchedulerStats
+from minivllm.steps_in_flight import StepsInFlight
 
 
 class Scheduler:
     """Decides every step. Between two calls these hold:
 
-        requests == waiting + running, each request in exactly one of the two
-        waiting:  num_computed_tokens == 0, and it owns no block
-        running:  num_computed_tokens < num_tokens, len(running) <= max_num_seqs, and it owns a slot for each computed position
+        requests == waiting + running, each request in exactly one of the two, and len(running) <= max_num_seqs
+        waiting:  num_computed_tokens == num_output_placeholders == 0, and it owns no block
+        running:  num_computed_tokens < num_tokens + num_output_placeholders, and it owns a slot for each computed position
 
-    `num_computed_tokens` advances when a step is planned, not when it has run. So the host may plan step N+1 while step N
-    still runs (vLLM's async scheduling): what is missing there is that a request whose newest token is not known yet may
-    be scheduled for it all the same, by counting a placeholder as one more known token. Here such a request is passed over.
+    `num_computed_tokens` advances when a step is planned, not when it has run, and a token that a step in flight will sample
+    counts as one more. So step N+1 can be planned while step N still runs (vLLM's async scheduling).
     """
 
     def __init__(self, config: EngineConfig, kv_cache_manager: KVCacheManager, *,
@@ -51,7 +51,7 @@ class Scheduler:
         self.waiting = RequestQueue()
         self.running: list[Request] = []  # in order of admission, so the newest is the last
         self.stats = SchedulerStats()
-        self.num_steps_in_flight = 0  # planned, and neither updated nor rolled back: 0 or 1 as long as nobody plans ahead
+        self.in_flight = StepsInFlight()
         self.record_decisions = False  # True while somebody reads them: a trace, a lesson, the live page
         self.next_output = SchedulerOutput()  # what happens between two steps is noted here too, for the runner and for readers
 
@@ -72,7 +72,8 @@ class Scheduler:
     def schedule(self) -> SchedulerOutput:
         """Plan one step: tokens for the running requests, then, if no memory had to be taken from one, for waiting ones.
 
-        A step computes at least one token unless there is no request: the oldest running one can always make itself room.
+        With no step in flight it computes at least one token for whoever is there: the oldest running request can always
+        make itself room. One without any token is not a step: what it has to say stays for the next one.
         """
         num_preemptions = self.stats.num_preemptions
         budget = self._schedule_running(self.max_num_batched_tokens)
@@ -80,11 +81,13 @@ class Scheduler:
             self._schedule_waiting(budget)
         elif self.waiting:
             self._decide(self.waiting.peek(), "wait", "waits: nobody is admitted in a step that had to preempt")
-        output, self.next_output = self.next_output, SchedulerOutput()
-        assert output.num_scheduled_tokens or not self.requests or self.num_steps_in_flight, (
+        output = self.next_output
+        assert output.num_scheduled_tokens or not self.requests or self.in_flight, (
             f"a step computes nothing while {len(self.running)} requests run and {len(self.waiting)} wait")
-        self.stats.num_steps += 1
-        self.num_steps_in_flight += 1
+        if output.num_scheduled_tokens:
+            self.next_output = SchedulerOutput()
+            self.stats.num_steps += 1
+            self.in_flight.add(output, self.requests)
         return output
 
     def _schedule_running(self, budget: int) -> int:
@@ -93,9 +96,12 @@ class Scheduler:
         while index < len(self.running) and budget > 0:
             request = self.running[index]
             index += 1
-            num_new_tokens = self._split(request.num_tokens - request.num_computed_tokens, budget)
+            num_coming = request.num_output_placeholders
+            if num_coming and reaches_length(request, self.max_model_len, num_coming):
+                continue  # its last token is on the way: another position would be computed for nothing
+            num_new_tokens = self._split(request.num_tokens + num_coming - request.num_computed_tokens, budget)
             if num_new_tokens == 0:
-                continue  # not `break`: the next one may have work although this one waits for its token
+                continue  # not `break`: the next one may fit into what is left
             new_blocks = self._allocate_or_preempt(request, num_new_tokens)
             if new_blocks is None:
                 break  # it gave way itself, so it was the newest
@@ -142,7 +148,7 @@ class Scheduler:
         self._decide(request, "preempt", why, len(self.kv_cache_manager.get_block_ids(request.request_id)), cause=cause)
         self.kv_cache_manager.free(request)
         request.status = RequestStatus.PREEMPTED
-        request.num_computed_tokens = 0
+        request.num_computed_tokens = request.num_output_placeholders = 0  # it samples again what was on the way
         request.num_preemptions += 1
         self.waiting.appendleft(request)
         self.next_output.preempted_request_ids.append(request.request_id)
@@ -210,42 +216,33 @@ class Scheduler:
         self.next_output.num_scheduled_tokens[request.request_id] = num_new_tokens
         end = request.num_computed_tokens = request.num_computed_tokens + num_new_tokens
         request.max_num_computed_tokens = max(request.max_num_computed_tokens, end)
-        # min: planning ahead, a token may be computed before it is known here, and without it the block has no name yet
+        if end == request.num_tokens + request.num_output_placeholders:
+            request.num_output_placeholders += 1
+        # min: a position may be computed before its token is known here, and without it the block has no name until later
         self.next_output.cached_block_ids += self.kv_cache_manager.cache_blocks(request, min(end, request.num_tokens))
 
     def update_from_output(self, scheduler_output: SchedulerOutput, model_output: ModelOutput) -> list[Request]:
         """Append what a step sampled, end the requests that are done, and return those that got tokens, in the step's order.
 
-        Results for a request that has ended or been preempted since the step was planned are dropped, and counted.
+        Results for a request that has ended or been preempted since the step was planned are dropped from `model_output`.
+        Positions of the ended are counted as discarded; the preempted compute theirs again, and that is counted then.
         """
         now = self.clock()
         moved: list[Request] = []
-        self.num_steps_in_flight -= 1
-        for request_id, num_tokens in scheduler_output.num_scheduled_tokens.items():
-            request = self.requests.get(request_id)
-            if request is None or request.status is not RequestStatus.RUNNING:
-                self.stats.discarded_positions += num_tokens
-            elif token_ids := model_output.sampled_token_ids.get(request_id):
-                self._append(request, token_ids, now)
+        for share in self.in_flight.take_in(scheduler_output):
+            request = share.request
+            if not share.is_current:
+                self.stats.discarded_positions += share.num_tokens if request.is_finished else 0
+                model_output.discard(request.request_id)
+            elif token_ids := model_output.sampled_token_ids.get(request.request_id):
+                assert share.samples, (f"request {request.request_id} got a token with {request.num_computed_tokens} of its "
+                                       f"{request.num_tokens} computed")
+                self.stats.num_generated_tokens += append_sampled_tokens(request, token_ids, now, self.max_model_len)
                 moved.append(request)
             else:
-                assert request.num_computed_tokens < request.num_tokens or self.num_steps_in_flight, (
-                    f"request {request_id} has all its {request.num_tokens} tokens computed and got no new one")
+                assert not share.samples, f"request {request.request_id} has all its tokens computed and got no new one"
         self._release([request for request in moved if request.is_finished])
         return moved
-
-    def _append(self, request: Request, token_ids: list[int], now: float) -> None:
-        """Append sampled tokens one by one, up to the one that ends the request; what comes after it was never said."""
-        assert request.num_computed_tokens >= request.num_tokens, (
-            f"request {request.request_id} got a token with {request.num_computed_tokens} of its {request.num_tokens} computed")
-        if request.times.first_token is None:
-            request.times.first_token = now
-        request.times.last_token = now
-        for token_id in token_ids:
-            request.append_output_token_id(token_id)
-            self.stats.num_generated_tokens += 1
-            if check_stop(request, self.max_model_len):
-                return
 
     def finish_requests(self, request_ids: str | Iterable[str], status: RequestStatus) -> None:
         """End requests from outside (abort, stop string), in whatever state they are. Ids not in the engine are ignored."""
@@ -259,7 +256,11 @@ class Scheduler:
         self._release(ended)
 
     def _release(self, ended: list[Request]) -> None:
-        """Forget requests that have just got a finished status, and give their blocks back at once."""
+        """Forget requests that have just got a finished status, and give their blocks back at once.
+
+        A step in flight may still write to those blocks. Whoever gets them next comes in a later step, and the device works
+        in the order of launching: it wipes and writes them after that.
+        """
         for request in ended:
             self._decide(request, "finish", "ends ({cause}): {blocks} back",
                          len(self.kv_cache_manager.get_block_ids(request.request_id)), cause=request.status.finish_reason)
@@ -271,26 +272,25 @@ class Scheduler:
             self.running = [request for request in self.running if request.status is RequestStatus.RUNNING]
 
     def rollback(self, scheduler_output: SchedulerOutput) -> None:
-        """Undo a step whose execution failed: nobody may believe KV that was perhaps never written.
+        """Undo a step that failed and all planned after it: nobody may believe KV that was perhaps never written.
 
-        Its names are taken back, and all that it scheduled (so everyone who hit those names) is preempted in order. Planning
-        ahead, the later step goes first. The runner may not have read which rows to drop: the next step repeats them.
+        Their names are taken back, and all that they scheduled (so everyone who hit those names) is preempted in order. What
+        an earlier step brings to those is dropped, and sampled again. The runner may not have read which rows to drop: the
+        next step repeats them.
         """
-        self.kv_cache_manager.uncache(scheduler_output.cached_block_ids)
+        failed = self.in_flight.undo(scheduler_output)
+        for output in failed:
+            self.kv_cache_manager.uncache(output.cached_block_ids)
+            self.next_output.finished_request_ids += output.finished_request_ids
+            self.next_output.preempted_request_ids += output.preempted_request_ids
         for request in reversed(self.running):
-            if request.request_id in scheduler_output.num_scheduled_tokens:
+            if any(request.request_id in output.num_scheduled_tokens for output in failed):
                 self._preempt(request, "gives {blocks} back: the step failed")
         self.running = [request for request in self.running if request.status is RequestStatus.RUNNING]
-        self.next_output.finished_request_ids += scheduler_output.finished_request_ids
-        self.next_output.preempted_request_ids += scheduler_output.preempted_request_ids
-        self.num_steps_in_flight -= 1
-        self.stats.num_rollbacks += 1
+        self.stats.num_rollbacks += len(failed)
 
     def has_unfinished_requests(self) -> bool:
         return bool(self.requests)
-
-    def get_num_unfinished_requests(self) -> int:
-        return len(self.requests)
 
     def _decide(self, request: Request, action: str, why: str, need: int = 0, tokens: int = 0, cause: object = None) -> None:
         """Note a decision for whoever reads them; the next step's output carries it."""

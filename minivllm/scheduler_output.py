@@ -1,7 +1,8 @@
 """Lesson 9. What scheduler, model runner and engine say to each other: plain records and counters, no torch.
 
     SchedulerOutput = schedule()                   who computes how many tokens, as differences from the step before
-    ModelOutput     = execute_model(...)           what was sampled
+    LaunchedStep    = execute_model(...)           the device is at work, or done
+    ModelOutput     = launched.result()            what was sampled
     [Request, ...]  = update_from_output(...)      who got tokens or ended
 
 The runner never sees a `Request`. It keeps one row per resident request, and a step tells it what changed: drop the rows of
@@ -12,7 +13,7 @@ After a failed step the same ids come again, so dropping a row that is not there
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from minivllm.request import Logprob, Request
 from minivllm.sampling_params import SamplingParams
@@ -59,7 +60,7 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-@dataclass
+@dataclass(eq=False)  # a step is itself: two steps often say the same
 class SchedulerOutput:
     """One step. `total_num_scheduled_tokens <= max_num_batched_tokens`, and every count in it is at least 1."""
 
@@ -77,6 +78,16 @@ class SchedulerOutput:
         return sum(self.num_scheduled_tokens.values())
 
 
+class LaunchedStep(Protocol):
+    """What `execute_model` returns. The next step may be launched before anybody asks for this one's result.
+
+    `result()` waits for the device; it says what the step gave to whom it was launched for, whatever rows have changed
+    since. It may never be called: nobody waits for a step whose requests have all ended or that is rolled back.
+    """
+
+    def result(self) -> ModelOutput: ...
+
+
 @dataclass
 class ModelOutput:
     """What one step sampled. A request that is still in its prompt is absent, or has an empty list."""
@@ -86,18 +97,28 @@ class ModelOutput:
     # the first position that these logprobs are of, and one dict for each position from there on
     prompt_logprobs: dict[str, tuple[int, list[dict[int, Logprob]]]] = field(default_factory=dict)
 
+    def result(self) -> ModelOutput:
+        """Known already: a `LaunchedStep` of a runner that waits for the device by itself."""
+        return self
+
+    def discard(self, request_id: str) -> None:
+        """Forget what came for a request that is gone: the id may have another owner by now."""
+        for results in (self.sampled_token_ids, self.logprobs, self.prompt_logprobs):
+            results.pop(request_id, None)
+
 
 @dataclass
 class SchedulerStats:
     """Deterministic counters since the start: the same requests in the same order give the same numbers, on any machine.
 
-    When every request has come to its end, and none was aborted or found after a preemption what it had not computed itself:
+    When every request has come to its end, no step has failed, and no request was aborted or found after a preemption what it
+    had not computed itself:
         num_scheduled_tokens == num_prompt_tokens - prefix_cache_hits + num_generated_tokens - num_finished
-                                + num_recomputed_tokens
-    (a request's last token is never computed: nothing follows it).
+                                + num_recomputed_tokens + discarded_positions
+    (a request's last token need not be computed: nothing follows it. Planned one step ahead it sometimes is, and discarded).
     """
 
-    num_steps: int = 0
+    num_steps: int = 0  # planned, with at least one position each
     num_scheduled_tokens: int = 0  # positions computed
     num_recomputed_tokens: int = 0  # of these: computed before, and lost to a preemption
     num_prompt_tokens: int = 0  # of requests when first admitted
@@ -108,7 +129,7 @@ class SchedulerStats:
     num_blocks_allocated: int = 0
     prefix_cache_queries: int = 0  # in tokens, as vLLM counts; returns after preemption are not counted
     prefix_cache_hits: int = 0
-    discarded_positions: int = 0  # computed for a request that had ended or been preempted when the result came
+    discarded_positions: int = 0  # computed for a request that had ended when the result came
 
     def count_admission(self, request: Request, num_hit_tokens: int, reads_cache: bool) -> None:
         """A first admission; a return after preemption is not counted again."""

@@ -148,20 +148,25 @@ def decide_sizes(config: EngineConfig, model_config: ModelConfig, dtype: torch.d
     backend = decide_attention_backend(config, model_config, dtype, device, block_size)
     return dataclasses.replace(config, device=str(device), dtype=str(dtype).removeprefix("torch."), block_size=block_size,
                                num_blocks=num_blocks, max_model_len=max_model_len, max_num_batched_tokens=budget,
-                               attention_backend=backend)
+                               attention_backend=backend,
+                               # a CPU has nothing to overlap, and a trace is easier to read step by step
+                               async_scheduling=(on_gpu and config.trace is None) if config.async_scheduling is None
+                               else config.async_scheduling)
 
 
 def decide_attention_backend(config: EngineConfig, model_config: ModelConfig, dtype: torch.dtype, device: torch.device,
                              block_size: int) -> str:
-    """"auto" is the readable rung. The compiled one is refused by name where its kernel does not exist."""
-    has_kernel = device.type == "cuda" and dtype != torch.float64 and block_size in (16, 32, 64, 128, 256)
-    has_kernel = has_kernel and model_config.head_dim in (16, 32, 64, 128, 256)
+    """"auto" is the compiled rung where its kernels exist and compiling is wanted; asked for elsewhere, it is refused by name."""
+    sizes = (block_size, model_config.head_dim)
+    has_kernel = device.type == "cuda" and dtype != torch.float64 and all(size in (16, 32, 64, 128, 256) for size in sizes)
     if config.attention_backend == "flex_attention" and not has_kernel:
         raise ValidationError(
             "attention_backend='flex_attention' needs CUDA, a dtype other than float64, and powers of two from 16 to 256 for "
             f"block_size and head size, got {device.type}, {dtype}, {block_size} and {model_config.head_dim}: use 'auto'",
             parameter="attention_backend", value=config.attention_backend)
-    return "paged_gather" if config.attention_backend == "auto" else config.attention_backend
+    if config.attention_backend == "auto":
+        return "flex_attention" if has_kernel and not config.enforce_eager else "paged_gather"
+    return config.attention_backend
 
 
 def decide_num_blocks(config: EngineConfig, block_bytes: int, block_size: int, max_model_len: int, device: torch.device) -> int:

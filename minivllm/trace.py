@@ -37,6 +37,7 @@ class TraceRecorder:
         self.listeners: list[Callable[[Record], None]] = []
         self.step = 0
         self.resident: dict[str, Request] = {}
+        self.told: list[SchedulerOutput] = []  # planned before the first keyframe, which shows their blocks and progress
         self.num_recorded: dict[str, int] = {}  # how many tokens of each resident request the records so far have told
         if path is not None:
             self.file = open(path, "w", encoding="utf-8")  # noqa: SIM115 - closed by close()
@@ -51,6 +52,7 @@ class TraceRecorder:
         if not self.is_on:
             self.resident = {request.request_id: request for request in self.scheduler.running}
             self.num_recorded = {request_id: request.num_tokens for request_id, request in self.resident.items()}
+            self.told = self.scheduler.in_flight.outputs
         self._introduce(listener)
         self.listeners.append(listener)
 
@@ -67,7 +69,7 @@ class TraceRecorder:
 
     def record(self, output: SchedulerOutput, moved: list[Request]) -> None:
         """Record one step that has just been made. `moved` are the requests that got tokens or ended in it."""
-        if not self.is_on:
+        if not self.is_on or output in self.told:
             return
         self.step += 1
         self._emit(self._step_record(output, {request.request_id: request for request in moved}))
@@ -87,7 +89,7 @@ class TraceRecorder:
                 "num_prompt_tokens": new.num_prompt_tokens, "num_tokens": len(new.token_ids),
                 "num_computed_tokens": new.num_computed_tokens, "blocks": list(new.block_ids),
             }
-        sampled = self._newly_sampled(output)
+        sampled = self._newly_sampled()
         finished = {request_id: request.status.finish_reason for request_id, request in self.resident.items()
                     if request.is_finished}
         for request_id in finished:
@@ -103,11 +105,10 @@ class TraceRecorder:
                            "need": decision.need, "free": decision.free} for decision in output.decisions],
         }
 
-    def _newly_sampled(self, output: SchedulerOutput) -> dict[str, list[int]]:
+    def _newly_sampled(self) -> dict[str, list[int]]:
         """What each request has gained since the record before."""
         sampled = {}
-        for request_id in output.num_scheduled_tokens:
-            request = self.resident[request_id]
+        for request_id, request in self.resident.items():
             if token_ids := request.all_token_ids[self.num_recorded[request_id]:]:
                 sampled[request_id] = token_ids
                 self.num_recorded[request_id] = request.num_tokens
@@ -173,7 +174,8 @@ def replay(records: Iterable[Record]) -> Iterator[TraceState]:
             continue
         if record["type"] == "keyframe":
             is_first = not state.last and not state.step
-            state.step, state.requests = record["step"], {name: dict(entry) for name, entry in record["requests"].items()}
+            state.step = record["step"]
+            state.requests = {name: {**entry, "blocks": list(entry["blocks"])} for name, entry in record["requests"].items()}
             state.waiting, state.free_blocks = record["waiting"], record["free_blocks"]
             if is_first:
                 yield state

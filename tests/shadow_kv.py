@@ -13,6 +13,7 @@ The runner here sees only `SchedulerOutput`, as the real one does, so the differ
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, field
 
 from hypothesis import strategies as st
@@ -26,13 +27,14 @@ from minivllm.scheduler import Scheduler
 from minivllm.scheduler_output import ModelOutput, SchedulerOutput
 
 EOS = 0
-FAILURES = ("before the rows", "after the rows", "halfway through the writes", "after the writes")
+FAILURES = ("before the rows", "after the rows", "halfway through the writes", "after the writes")  # of a launch
+AT_ITS_RESULT = "when its result is asked for"  # launched well, and the device has written garbage
 GARBAGE = -1
 
 
 @dataclass(frozen=True)
 class World:
-    """All sizes of one workload. `plans_ahead`: step N+1 is scheduled before the results of step N are in."""
+    """All sizes of one workload. `plans_ahead`: step N+1 is launched before the results of step N are taken in."""
 
     block_size: int = 2
     num_blocks: int = 6
@@ -101,6 +103,7 @@ class ShadowRunner:
         self.rows: dict[str, Row] = {}
         self.salts: dict[str, int] = {}  # the one thing a row needs that a step does not say
         self.num_positions = 0
+        self.is_broken = False  # a step has failed on the device: garbage is what it and all later ones compute
 
     def slot(self, row: Row, position: int) -> int:
         size = self.world.block_size
@@ -112,14 +115,16 @@ class ShadowRunner:
         self.update_rows(output)
         if failure == FAILURES[1]:
             raise StepFailed
+        self.is_broken |= failure == AT_ITS_RESULT
         self.write(output, failure)  # the whole batch writes before anybody reads, as in each layer of a model
-        if failure is not None:
+        if failure in FAILURES:
             raise StepFailed
         sampled = {}
         for request_id, num_tokens in output.num_scheduled_tokens.items():
             row = self.rows[request_id]
             row.num_computed += num_tokens
-            self.read(request_id, row)
+            if not self.is_broken:
+                self.read(request_id, row)
             if row.num_computed == len(row.token_ids):
                 token_id = next_token(name_prefixes(row.token_ids, row.salt)[-1], self.world.letters)
                 row.token_ids.append(token_id)
@@ -154,10 +159,11 @@ class ShadowRunner:
                 f"request {request_id} is scheduled up to position {end} and owns {len(row.table)} blocks")
             names = name_prefixes(row.token_ids, row.salt)
             for position in range(row.num_computed, end):
+                wrong = self.is_broken or failure == FAILURES[2]
                 slot = self.slot(row, position)
                 assert slot >= self.world.block_size, f"request {request_id} writes position {position} to the null block"
                 if failure != FAILURES[2] or position % 2:
-                    self.kv[slot] = names[position] if failure != FAILURES[2] else GARBAGE
+                    self.kv[slot] = GARBAGE if wrong else names[position]
 
     def read(self, request_id: str, row: Row) -> None:
         names = name_prefixes(row.token_ids, row.salt)
@@ -174,9 +180,9 @@ class ShadowEngine:
     """`LLMEngine.step` over the shadow runner, with every promise of the scheduler checked on the way."""
 
     world: World
-    asked: dict[str, tuple] = field(default_factory=dict)  # request id -> what `add` was given
-    accepted: dict[str, Request] = field(default_factory=dict)
-    aborted: set[str] = field(default_factory=set)
+    asked: list[tuple] = field(default_factory=list)  # what `add` was given, by arrival number
+    accepted: dict[int, Request] = field(default_factory=dict)  # by arrival number: an id may be used again
+    aborted: set[int] = field(default_factory=set)
     first_tokens: list[int] = field(default_factory=list)  # arrival numbers, in the order of first tokens
     num_steps: int = 0
     num_failures: int = 0
@@ -185,16 +191,17 @@ class ShadowEngine:
         self.scheduler = self.world.make_scheduler()
         self.manager = self.scheduler.kv_cache_manager
         self.runner = ShadowRunner(self.world)
-        self.in_flight: SchedulerOutput | None = None
-        self.residents: dict[int, set[str]] = {}  # of a planned step, by its id(): whoever must have a row when it runs
+        self.launched: deque[tuple[SchedulerOutput, ModelOutput | None]] = deque()  # None: to fail when its result is asked for
 
     def add(self, prompt: list[int], max_tokens: int, salt: int = 0, wants_prompt_logprobs: bool = False,
-            stops_at_eos: bool = False) -> None:
-        request_id = str(len(self.asked))
-        self.asked[request_id] = (prompt, max_tokens, salt, wants_prompt_logprobs, stops_at_eos)
+            stops_at_eos: bool = False, reuses_id: bool = False) -> None:
+        number = len(self.asked)
+        request_id = next(reversed(self.free_ids()), str(number)) if reuses_id else str(number)
+        self.asked.append((prompt, max_tokens, salt, wants_prompt_logprobs, stops_at_eos))
         params = SamplingParams(max_tokens=max_tokens, ignore_eos=not stops_at_eos,
                                 prompt_logprobs=1 if wants_prompt_logprobs else None)
-        request = Request(request_id, prompt, params, eos_token_ids=[EOS], cache_salt=str(salt) if salt else None)
+        request = Request(request_id, prompt, params, eos_token_ids=[EOS], cache_salt=str(salt) if salt else None,
+                          arrival_time=number)
         num_positions = min(len(prompt) + max_tokens, self.world.max_model_len) - 1
         fits = len(prompt) < self.world.max_model_len and num_positions <= (self.world.num_blocks - 1) * self.world.block_size
         try:
@@ -203,16 +210,23 @@ class ShadowEngine:
             assert not fits, f"request {request_id} needs {num_positions} positions, which the pool has, and is refused"
             return
         assert fits, f"request {request_id} needs {num_positions} positions, which the pool does not have, and is accepted"
-        self.accepted[request_id] = request
+        self.accepted[number] = request
         self.runner.salts[request_id] = salt
+
+    def free_ids(self) -> list[str]:
+        """Ids of ended requests, in the order of arrival, that nobody else has now."""
+        return [request.request_id for request in self.accepted.values()
+                if request.is_finished and request.request_id not in self.scheduler.requests]
 
     def abort(self, index: int) -> None:
         """Abort one of all requests ever asked for, in whatever state it is, and one that nobody knows."""
-        request_id = str(index % (len(self.asked) + 1))
-        request = self.accepted.get(request_id)
-        if request is not None and not request.is_finished:
-            self.aborted.add(request_id)
-        self.scheduler.finish_requests([request_id], RequestStatus.FINISHED_ABORTED)
+        number = index % (len(self.asked) + 1)
+        request = self.accepted.get(number)
+        if request is None:
+            self.scheduler.finish_requests(["nobody"], RequestStatus.FINISHED_ABORTED)
+        elif not request.is_finished:  # else the id may have another owner
+            self.aborted.add(number)
+            self.scheduler.finish_requests([request.request_id], RequestStatus.FINISHED_ABORTED)
         self.check()
 
     def reset(self) -> None:
@@ -221,42 +235,58 @@ class ShadowEngine:
         self.check()
 
     def step(self, failure: str | None = None) -> None:
-        """Schedule, run, update; or, planning ahead, schedule this step, then run and update the one before it."""
-        planned = self.schedule()
-        if self.world.plans_ahead:
-            planned, self.in_flight = self.in_flight, planned
-        if planned is not None:
-            self.execute(planned, failure)
+        """As in LLMEngine.step: schedule and launch, when planning ahead until two steps are in flight; take in the oldest."""
+        while len(self.launched) <= self.world.plans_ahead and (planned := self.schedule()).num_scheduled_tokens:
+            if not self.launch(planned, failure):
+                return
+            failure = None
+        if self.launched:
+            self.take_in(*self.launched.popleft())
         self.check()
 
-    def execute(self, planned: SchedulerOutput, failure: str | None) -> None:
+    def launch(self, planned: SchedulerOutput, failure: str | None) -> bool:
+        """Run the shadow runner at once, in the order of launching, as a device does. False if the launch failed."""
         try:
             model_output = self.runner.execute_model(planned, failure)
         except StepFailed:
-            return self.roll_back(planned)
-        rows, residents = self.runner.rows.keys(), self.residents.pop(id(planned))
+            self.roll_back([planned])
+            return False
+        rows, residents = self.runner.rows.keys(), {request.request_id for request in self.scheduler.running}
         assert rows == residents, f"the runner has rows of {sorted(rows)}, and running are {sorted(residents)}"
-        for request in self.scheduler.update_from_output(planned, model_output):
+        self.launched.append((planned, None if failure == AT_ITS_RESULT else model_output))
+        return True
+
+    def take_in(self, planned: SchedulerOutput, model_output: ModelOutput | None) -> None:
+        if model_output is None:
+            failed_steps = [planned, *(later for later, _ in self.launched)]
+            self.launched.clear()
+            self.runner.is_broken = False
+            return self.roll_back(failed_steps)
+        before = {id(request): request.output_token_ids for request in self.accepted.values()}
+        moved = self.scheduler.update_from_output(planned, model_output)
+        for request in moved:
+            assert not self.world.plans_ahead or request.num_output_placeholders in (0, 1), f"{request!r} has too many on the way"
             if request.num_output_tokens == 1:
-                self.first_tokens.append(int(request.request_id))
+                self.first_tokens.append(int(request.times.arrival))
+        for request in self.accepted.values():
+            assert request in moved or request.output_token_ids == before[id(request)], f"{request!r} has moved unseen"
         return None
 
-    def roll_back(self, planned: SchedulerOutput) -> None:
-        """The later step first. Then what was scheduled waits again, in its order, before all that waited already."""
+    def roll_back(self, failed_steps: list[SchedulerOutput]) -> None:
+        """What the failed steps had scheduled waits again, in its order, before all that waited already."""
         self.num_failures += 1
-        for output in filter(None, (self.in_flight, planned)):
-            failed = [request for request in self.scheduler.running if request.request_id in output.num_scheduled_tokens]
-            expected = failed + list(self.scheduler.waiting)
-            self.scheduler.rollback(output)
-            assert list(self.scheduler.waiting) == expected, "after a failed step the queue is in another order"
-        self.in_flight = None
+        failed = [request for request in self.scheduler.running
+                  if any(request.request_id in output.num_scheduled_tokens for output in failed_steps)]
+        expected = failed + list(self.scheduler.waiting)
+        self.scheduler.rollback(failed_steps[0])
+        assert list(self.scheduler.waiting) == expected, "after a failed step the queue is in another order"
+        self.check()
 
     def schedule(self) -> SchedulerOutput:
         waiting = [request.request_id for request in self.scheduler.waiting]
         num_preemptions = self.scheduler.stats.num_preemptions
         output = self.scheduler.schedule()
         self.num_steps += 1
-        self.residents[id(output)] = {request.request_id for request in self.scheduler.running}
         did_preempt = self.scheduler.stats.num_preemptions > num_preemptions
         self.check_amounts(output)
         self.check_admissions(output)
@@ -271,7 +301,7 @@ class ShadowEngine:
         budget = self.scheduler.max_num_batched_tokens
         assert total <= budget, f"step {self.num_steps} has {total} tokens and a budget of {budget}"
         assert all(count > 0 for count in counts.values()), f"step {self.num_steps} has an empty query: {counts}"
-        assert counts or not self.scheduler.requests or self.in_flight, f"step {self.num_steps} moves nothing"
+        assert counts or not self.scheduler.requests or self.launched, f"step {self.num_steps} moves nothing"
         assert len(self.scheduler.running) <= self.world.max_num_seqs, (
             f"{len(self.scheduler.running)} requests are resident and max_num_seqs is {self.world.max_num_seqs}")
         if self.world.chunked and self.world.threshold and len(self.scheduler.requests) > 1:
@@ -284,7 +314,8 @@ class ShadowEngine:
             num_hits, size = new.num_computed_tokens, self.world.block_size
             assert num_hits % size == 0 and num_hits < len(new.token_ids), (
                 f"request {new.request_id} starts with {num_hits} of its {len(new.token_ids)} tokens computed")
-            assert num_hits == 0 or (self.world.caching and not self.asked[new.request_id][3]), (
+            wants_prompt_logprobs = new.sampling_params.prompt_logprobs is not None
+            assert num_hits == 0 or (self.world.caching and not wants_prompt_logprobs), (
                 f"request {new.request_id} must not read the cache and hits {num_hits} tokens")
             assert self.world.chunked or output.num_scheduled_tokens[new.request_id] == len(new.token_ids) - num_hits, (
                 f"request {new.request_id} is cut into chunks although that is switched off")
@@ -306,7 +337,7 @@ class ShadowEngine:
         """Who gets nothing has a reason: the budget is spent, or there is no seat or no room."""
         left = self.scheduler.max_num_batched_tokens - output.total_num_scheduled_tokens
         idle = [request.request_id for request in self.scheduler.running
-                if request.request_id not in output.num_scheduled_tokens and request.num_computed_tokens < request.num_tokens]
+                if request.request_id not in output.num_scheduled_tokens and not self.waits_for_its_end(request)]
         assert left == 0 or not idle, f"requests {idle} run and get nothing while {left} tokens of the budget are left"
         if left and self.scheduler.waiting and len(self.scheduler.running) < self.world.max_num_seqs:
             head = self.scheduler.waiting.peek()
@@ -314,29 +345,39 @@ class ShadowEngine:
             assert num_blocks > num_free or (not self.world.chunked and head.num_tokens > left), (
                 f"request {head.request_id} needs {num_blocks} blocks of {num_free} free and is not admitted")
 
+    def waits_for_its_end(self, request: Request) -> bool:
+        """Its last token is on the way."""
+        num_tokens = request.num_tokens + request.num_output_placeholders
+        last = min(request.num_prompt_tokens + request.max_tokens, self.world.max_model_len)
+        assert num_tokens <= last, f"{request!r} has {request.num_output_placeholders} tokens on the way and ends at {last}"
+        return num_tokens == last
+
     def check(self) -> None:
         """What holds between any two steps: blocks and requests are conserved, and the inequalities of every status."""
         self.manager.check()
         scheduler = self.scheduler
         queued = [request.request_id for request in (*scheduler.waiting, *scheduler.running)]
-        unfinished = sorted(request_id for request_id, request in self.accepted.items() if not request.is_finished)
+        unfinished = sorted(request.request_id for request in self.accepted.values() if not request.is_finished)
         assert sorted(queued) == unfinished == sorted(scheduler.requests), f"queued are {queued} and unfinished {unfinished}"
         for request in scheduler.waiting:
             is_waiting = request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED)
-            assert is_waiting and request.num_computed_tokens == 0, f"{request!r} waits"
+            assert is_waiting and request.num_computed_tokens == request.num_output_placeholders == 0, f"{request!r} waits"
         running, owners = {request.request_id for request in scheduler.running}, self.manager.block_tables.keys()
         assert owners == running, f"blocks belong to {sorted(owners)}, running are {sorted(running)}"
         for request in scheduler.running:
             num_slots = len(self.manager.get_block_ids(request.request_id)) * self.world.block_size
             assert request.status is RequestStatus.RUNNING and request.num_computed_tokens <= num_slots, (
                 f"{request!r} owns {num_slots} slots")
-            assert self.in_flight or request.num_computed_tokens < request.num_tokens, f"{request!r} runs and has nothing to do"
+            num_tokens = request.num_tokens + request.num_output_placeholders
+            assert request.num_computed_tokens < num_tokens, f"{request!r} runs and has nothing to do"
+            assert self.launched or not request.num_output_placeholders, f"{request!r} waits for a token that nobody samples"
+        assert len(scheduler.in_flight) == len(self.launched)
 
     def run_to_the_end(self) -> None:
         """Whoever is oldest moves in every step, so the work of all, once more for each failure, bounds the steps."""
-        work = sum(len(prompt) + max_tokens for prompt, max_tokens, *_ in self.asked.values())
-        bound = self.num_steps + (work + 2) * (self.num_failures + 1) * (2 if self.world.plans_ahead else 1)
-        while self.scheduler.has_unfinished_requests():
+        work = sum(len(prompt) + max_tokens for prompt, max_tokens, *_ in self.asked)
+        bound = self.num_steps + (work + 2) * (self.num_failures + 1) * (3 if self.world.plans_ahead else 1)
+        while self.scheduler.has_unfinished_requests() or self.launched:
             num_left = len(self.scheduler.requests)
             assert self.num_steps < bound, f"{num_left} requests are unfinished after {self.num_steps} steps"
             self.step()
@@ -344,17 +385,29 @@ class ShadowEngine:
 
     def check_end(self) -> None:
         """Everybody has got exactly what it had to get, in order of arrival, and every block is back."""
-        for request_id, request in self.accepted.items():
-            prompt, max_tokens, salt, _, stops_at_eos = self.asked[request_id]
+        for number, request in self.accepted.items():
+            prompt, max_tokens, salt, _, stops_at_eos = self.asked[number]
             expected = expected_tokens(prompt, salt, max_tokens, stops_at_eos, self.world)
             got = request.output_token_ids
-            is_right = got == expected[:len(got)] if request_id in self.aborted else got == expected
-            assert is_right, f"request {request_id} answered {got}, and alone it answers {expected}"
+            is_right = got == expected[:len(got)] if number in self.aborted else got == expected
+            assert is_right, f"request {number} answered {got}, and alone it answers {expected}"
         assert self.manager.num_free_blocks == self.world.num_blocks - 1, f"{self.manager.num_free_blocks} blocks came back"
         assert self.manager.usage == 0
-        if not self.num_failures and not (self.world.chunked and self.world.threshold) and not self.world.plans_ahead:
+        if not self.num_failures and not (self.world.chunked and self.world.threshold):
             assert self.first_tokens == sorted(self.first_tokens), f"first tokens came in the order {self.first_tokens}"
-            assert self.scheduler.stats.num_scheduled_tokens == self.runner.num_positions, "positions are miscounted"
+        self.check_positions()
+
+    def check_positions(self) -> None:
+        """The identity of SchedulerStats, and no position behind the last token where the length alone ends a request."""
+        stats = self.scheduler.stats
+        if not self.num_failures:
+            assert stats.num_scheduled_tokens == self.runner.num_positions, "positions are miscounted"
+        if not self.num_failures and not self.aborted and (not self.world.caching or not stats.num_preemptions):
+            assert stats.num_scheduled_tokens == (
+                stats.num_prompt_tokens - stats.prefix_cache_hits + stats.num_generated_tokens - stats.num_finished
+                + stats.num_recomputed_tokens + stats.discarded_positions), f"positions do not add up: {stats}"
+        if not self.aborted and (not self.world.plans_ahead or not any(stops_at_eos for *_, stops_at_eos in self.asked)):
+            assert stats.discarded_positions == 0, f"{stats.discarded_positions} positions were computed for nothing"
 
 
 def play(world: World, ops: list[tuple]) -> ShadowEngine:
@@ -366,7 +419,7 @@ def play(world: World, ops: list[tuple]) -> ShadowEngine:
     return engine
 
 
-MISHAPS = [("step", failure) for failure in FAILURES] + [("abort", index) for index in range(8)] + [("reset",)]
+MISHAPS = [("step", failure) for failure in (*FAILURES, AT_ITS_RESULT)] + [("abort", index) for index in range(8)] + [("reset",)]
 # salt, wants_prompt_logprobs, stops_at_eos
 FLAGS = [(0, False, False)] * 5 + [(0, False, True), (1, False, False), (1, False, False), (0, True, False)]
 
@@ -384,7 +437,7 @@ def workloads(draw) -> tuple[World, list[tuple]]:
         max_num_batched_tokens=draw(st.integers(1, 16)), max_model_len=draw(st.integers(4, 32)),
         threshold=draw(st.sampled_from([0, 0, 1, 3])), chunked=draw(st.sampled_from([True, True, False])),
         caching=draw(st.sampled_from([True, True, True, False])), letters=draw(st.integers(2, 3)),
-        plans_ahead=draw(st.sampled_from([False, False, False, True])))
+        plans_ahead=draw(st.booleans()))
     longest = min(world.max_model_len - 1, (num_blocks - 1) * block_size)
     stems = [draw(st.lists(st.integers(0, world.letters - 1), min_size=longest, max_size=longest)) for _ in range(2)]
 
@@ -395,7 +448,7 @@ def workloads(draw) -> tuple[World, list[tuple]]:
         if draw(st.integers(0, 9)):  # one in ten may be too long, and is refused
             prompt = prompt[:longest]
             max_tokens = min(max_tokens, (num_blocks - 1) * block_size + 1 - len(prompt))
-        return ("add", prompt, max_tokens, *draw(st.sampled_from(FLAGS)))
+        return ("add", prompt, max_tokens, *draw(st.sampled_from(FLAGS)), draw(st.integers(0, 3)) == 0)
 
     def operation() -> tuple:
         kind = draw(st.integers(0, 19))

@@ -17,7 +17,16 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minivllm import attention as paged
-from minivllm.attention import AttentionMetadata, PagedAttention, context_slots, gather_kv, group_by_length, slot_mapping
+from minivllm.attention import (
+    AttentionMetadata,
+    PagedAttention,
+    allocate_kv_cache,
+    context_slots,
+    gather_kv,
+    group_by_length,
+    slot_mapping,
+    zero_blocks,
+)
 from minivllm.generate import GenerationStats, paged_caches, paged_step
 from minivllm.model import attention as plain_attention
 
@@ -53,6 +62,10 @@ def alone(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return plain_attention(q, k, v, mask).transpose(0, 1)
 
 
+def one_layer(num_blocks: int, block_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype = torch.float32) -> PagedAttention:
+    return PagedAttention(allocate_kv_cache(1, num_blocks, block_size, kv_heads, head_dim, dtype)[0], block_size)
+
+
 def make_world(lens: list[tuple[int, int]], block_size: int, seed: int = 0, heads: int = 4, kv_heads: int = 2,
                head_dim: int = 8, garbage: float = NAN, dtype: torch.dtype = torch.float64) -> World:
     """Requests of (query tokens, context) lens, their blocks dealt in random order from a pool that is full of `garbage`."""
@@ -60,7 +73,7 @@ def make_world(lens: list[tuple[int, int]], block_size: int, seed: int = 0, head
     needs = [-(-seq // block_size) for _, seq in lens]
     num_blocks = 1 + sum(needs) + 3
     pool = random.Random(seed).sample(range(1, num_blocks), num_blocks - 1)
-    world = World([], PagedAttention(num_blocks, block_size, kv_heads, head_dim, dtype), [])
+    world = World([], one_layer(num_blocks, block_size, kv_heads, head_dim, dtype), [])
     world.cache.key_cache.fill_(garbage)
     world.cache.value_cache.fill_(garbage)
     for (num_queries, num_tokens), need in zip(lens, needs):
@@ -112,13 +125,13 @@ def test_t23_a_padded_token_goes_to_the_null_block():
 
 def zeroed(cache: PagedAttention) -> PagedAttention:
     """With every block zeroed, as if all had been handed out."""
-    cache.zero_blocks(list(range(cache.key_cache.shape[1] // cache.block_size)))
+    cache.kv_cache.zero_()
     return cache
 
 
 def test_t23_a_negative_slot_is_refused():
     """Writing to slot -1 is an error and changes nothing."""
-    cache = zeroed(PagedAttention(3, 2, 1, 4))
+    cache = zeroed(one_layer(3, 2, 1, 4))
     with pytest.raises((IndexError, RuntimeError)):
         cache.write(torch.ones(1, 1, 4), torch.ones(1, 1, 4), torch.tensor([-1]))
     assert cache.key_cache.count_nonzero() == 0, "the refused token is in the cache"
@@ -126,7 +139,7 @@ def test_t23_a_negative_slot_is_refused():
 
 def test_t23_padded_tokens_write_to_the_null_block_only():
     """After a step of padding alone, every block that a request may own is as before."""
-    cache = zeroed(PagedAttention(4, 2, 1, 4))
+    cache = zeroed(one_layer(4, 2, 1, 4))
     slots = slot_mapping(torch.tensor([[1, 2]]), torch.zeros(3, dtype=torch.int64), torch.full((3,), -1), 2)
     cache.write(torch.ones(3, 1, 4), torch.ones(3, 1, 4), slots)
     assert cache.key_cache[:, 2:].count_nonzero() == 0, "padding was written outside slots 0 and 1"
@@ -193,10 +206,10 @@ def test_t24_rows_of_padding_are_finite():
 
 def test_t24_a_block_is_zeroed_when_it_is_handed_out():
     """Zeroing some blocks clears every slot of theirs, in keys and values, and no slot of any other."""
-    cache = PagedAttention(6, 4, 2, 8)
+    cache = one_layer(6, 4, 2, 8)
     for tensor in (cache.key_cache, cache.value_cache):
         tensor.fill_(NAN)
-    cache.zero_blocks([5, 2])
+    zero_blocks(cache.kv_cache[None], torch.tensor([5, 2]), 4)
     for tensor in (cache.key_cache, cache.value_cache):
         clean = [block for block in range(6) if not tensor[:, block * 4 : block * 4 + 4].isnan().any()]
         dirty = [block for block in range(6) if tensor[:, block * 4 : block * 4 + 4].isnan().all()]
@@ -232,7 +245,7 @@ def test_t28_a_context_may_end_anywhere_in_a_block(num_queries):
 
 def test_t29_writing_changes_the_cache_itself():
     """A write lands in the very memory that was there before, at its slot and nowhere else."""
-    cache = zeroed(PagedAttention(4, 2, 2, 4))
+    cache = zeroed(one_layer(4, 2, 2, 4))
     addresses = cache.key_cache.data_ptr(), cache.value_cache.data_ptr()
     k, v = torch.randn(3, 6, 4).split((2, 4), dim=1)[0], torch.randn(3, 2, 4)  # a slice of a fused projection, as in the model
     cache.write(k, v, torch.tensor([7, 2, 5]))

@@ -212,7 +212,8 @@ def test_no_config_ends_in_anything_but_a_model_or_a_typed_error(fields):
 @pytest.mark.parametrize(("name", "value"), [
     ("dtype", "int8"), ("attention_backend", "magic"), ("load_format", "gguf"), ("max_num_seqs", 0), ("max_num_seqs", True),
     ("max_num_seqs", None), ("max_model_len", 0), ("block_size", 0), ("num_blocks", 1), ("seed", -1),
-    ("gpu_memory_utilization", 0), ("gpu_memory_utilization", 1.5), ("enforce_eager", 1), ("max_logprobs", -2),
+    ("gpu_memory_utilization", 0), ("gpu_memory_utilization", 1.5), ("enforce_eager", 1), ("async_scheduling", 1),
+    ("max_logprobs", -2),
 ])
 def test_a_wrong_knob_is_named(name, value):
     """An engine setting out of range is refused with its name and value, before anything is allocated."""

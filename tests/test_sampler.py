@@ -359,7 +359,7 @@ def slow_noise(seed, position, token):
 
     low, high = seed % 2**32, (seed % 2**64) >> 32
     odd, offset = (scramble(scramble(scramble(low ^ start) ^ high) ^ position) for start in (0x9E3779B9, 0x7F4A7C15))
-    return -math.log1p(-(scramble((token * (odd | 1) + offset) % 2**32) + 0.5) / 2**32)
+    return -math.log1p(-(scramble((token * (odd | 1) + offset) % 2**32) % 2**31 + 0.5) / 2**31)
 
 
 @given(seed=st.integers(-(2**63), 2**63 - 1), position=st.integers(0, 2**31), vocab_size=st.integers(1, 200_000))

@@ -437,15 +437,21 @@ def test_late_results_for_a_preempted_request_are_dropped():
 
 
 def test_a_step_can_be_planned_before_the_last_one_has_reported():
-    """The rest of a prompt is known, so it is planned; a token that is not known yet is passed over."""
+    """The rest of a prompt is known, a token on its way counts as one more, and behind the last one nothing is computed."""
     scheduler = make_scheduler(budget=4)
-    add(scheduler, "a", 6, max_tokens=2)
+    a = add(scheduler, "a", 6, max_tokens=2)
     first, second = scheduler.schedule(), scheduler.schedule()
     assert (first.num_scheduled_tokens, second.num_scheduled_tokens) == ({"a": 4}, {"a": 2})
-    scheduler.update_from_output(first, ModelOutput())
-    assert scheduler.schedule().num_scheduled_tokens == {}, "a waits for its token"
-    assert ids(scheduler.update_from_output(second, ModelOutput({"a": [7]}))) == ["a"]
-    assert scheduler.schedule().num_scheduled_tokens == {"a": 1}
+    assert a.num_output_placeholders == 1, "the second step reaches the end of the prompt, so it samples"
+    assert scheduler.update_from_output(first, ModelOutput()) == []
+    third = scheduler.schedule()
+    assert (third.num_scheduled_tokens, a.num_output_placeholders) == ({"a": 1}, 2), "it computes a token that is not known yet"
+    assert scheduler.update_from_output(second, ModelOutput({"a": [7]})) == [a]
+    assert scheduler.schedule().num_scheduled_tokens == {}, "a's last token is on its way"
+    assert (len(scheduler.in_flight), scheduler.stats.num_steps) == (1, 3), "a plan without tokens is not a step"
+    assert scheduler.update_from_output(third, ModelOutput({"a": [8]})) == [a]
+    assert (a.output_token_ids, a.num_output_placeholders, len(scheduler.in_flight)) == ([7, 8], 0, 0)
+    assert scheduler.stats.discarded_positions == 0
 
 
 def test_a_failed_step_leaves_nothing_behind():

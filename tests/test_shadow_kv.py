@@ -14,6 +14,7 @@ from minivllm import kv_cache
 from minivllm.block_pool import BlockPool
 from minivllm.kv_cache import KVCacheManager
 from minivllm.scheduler import Scheduler
+from minivllm.steps_in_flight import StepsInFlight
 
 # 2,000 workloads by default, 200,000 with --hypothesis-profile=deep
 NUM_WORKLOADS = settings().max_examples * (100 if settings.get_current_profile_name() == "deep" else 20)
@@ -54,7 +55,8 @@ PLANTED = [
     ("the budget is not looked at", Scheduler._split, "return min(num_missing_tokens, budget)", "return num_missing_tokens"),
     ("the threshold is not looked at", Scheduler._split, "len(self.requests) > 1", "False"),
     ("chunked prefill cannot be switched off", Scheduler._split, "not self.config.enable_chunked_prefill", "False"),
-    ("progress survives a preemption", Scheduler._preempt, "request.num_computed_tokens = 0", "pass"),
+    ("progress survives a preemption", Scheduler._preempt,
+     "request.num_computed_tokens = request.num_output_placeholders = 0", "request.num_output_placeholders = 0"),
     ("a preempted request keeps its blocks", Scheduler._preempt, "self.kv_cache_manager.free(request)", "pass"),
     ("a preempted request goes to the back of the queue", Scheduler._preempt, "appendleft", "append"),
     ("a preempted request is lost", Scheduler._preempt, "self.waiting.appendleft(request)", "pass"),
@@ -71,13 +73,34 @@ PLANTED = [
      "self.next_output.finished_request_ids.append(request.request_id)", "pass"),
     ("an aborted request stays in the queue", Scheduler.finish_requests, "self.waiting.remove(request)", "pass"),
     ("a failed step's hashes stay", Scheduler.rollback,
-     "self.kv_cache_manager.uncache(scheduler_output.cached_block_ids)", "pass"),
-    ("a failed step counts as progress", Scheduler.rollback, "in scheduler_output.num_scheduled_tokens", "in ()"),
+     "self.kv_cache_manager.uncache(output.cached_block_ids)", "pass"),
+    ("a failed step counts as progress", Scheduler.rollback, "in output.num_scheduled_tokens", "in ()"),
     ("a failed step's requests turn around", Scheduler.rollback, "reversed(self.running)", "list(self.running)"),
     ("what a failed step had to say is lost", Scheduler.rollback,
-     "self.next_output.finished_request_ids += scheduler_output.finished_request_ids", "pass"),
-    ("a late result counts for a preempted request", Scheduler.update_from_output,
-     "request is None or request.status is not RequestStatus.RUNNING", "request is None"),
+     "self.next_output.finished_request_ids += output.finished_request_ids", "pass"),
+    ("a late result counts for a request that has been preempted and is back", Scheduler.update_from_output,
+     "if not share.is_current:", "if request.status is not RequestStatus.RUNNING:"),
+    ("a late result belongs to whoever has the id now", Scheduler.update_from_output,
+     "share.request\n        if not share.is_current:",
+     "self.requests.get(share.request.request_id, share.request)\n        if request.status is not RequestStatus.RUNNING:"),
+    ("positions of the ended are not counted", Scheduler.update_from_output, "if request.is_finished else 0", "* 0"),
+    ("positions of the preempted are counted twice", Scheduler.update_from_output, "if request.is_finished else 0", ""),
+    ("tokens on their way survive a preemption", Scheduler._preempt,
+     "request.num_computed_tokens = request.num_output_placeholders = 0", "request.num_computed_tokens = 0"),
+    ("a position is computed behind the last token", Scheduler._schedule_running,
+     "if num_coming and reaches_length(request, self.max_model_len, num_coming):", "if False:"),
+    ("a request waits for every token", Scheduler._schedule_running,
+     "reaches_length(request, self.max_model_len, num_coming)", "True"),
+    ("only one token can be on its way", Scheduler._commit, "num_output_placeholders += 1", "num_output_placeholders = 1"),
+    ("a block is published before its last token is known", Scheduler._commit, "min(end, request.num_tokens)", "end"),
+    ("an empty plan counts as a step", Scheduler.schedule, "if output.num_scheduled_tokens:", "if True:"),
+    ("what an empty plan has to say is lost", Scheduler.schedule,
+     "if output.num_scheduled_tokens:\n        self.next_output = SchedulerOutput()",
+     "self.next_output = SchedulerOutput()\n    if output.num_scheduled_tokens:\n        pass"),
+    ("a failed step's successor goes on", StepsInFlight.undo,
+     "while not undone or undone[-1] is not output:", "while not undone:"),
+    ("a failed step takes the one before with it", StepsInFlight.undo,
+     "while not undone or undone[-1] is not output:", "while self.steps:"),
 ]
 
 

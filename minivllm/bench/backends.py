@@ -24,7 +24,8 @@ from minivllm.exceptions import ValidationError
 BACKENDS = ("minivllm", "hf", "hf-continuous", "vllm")
 # What vLLM is told as well: sizes and switches of the same name and meaning. The rest are minivllm's own.
 SHARED_WITH_VLLM = ("model", "dtype", "seed", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "gpu_memory_utilization",
-                    "kv_cache_memory_bytes", "enable_prefix_caching", "enable_chunked_prefill", "enforce_eager", "load_format")
+                    "kv_cache_memory_bytes", "enable_prefix_caching", "enable_chunked_prefill", "enforce_eager", "load_format",
+                    "async_scheduling")
 
 
 @dataclass

@@ -125,6 +125,8 @@ def _add_engine_flags(group: Any) -> None:
     for name, what in (("enable-prefix-caching", "reuse the blocks of equal prompt beginnings"),
                        ("enable-chunked-prefill", "split long prompts over steps")):
         group.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=None, help=f"{what} (default: on)")
+    group.add_argument("--async-scheduling", action=argparse.BooleanOptionalAction, default=None,
+                       help="plan and launch a step while the one before it runs (default: on with CUDA, unless traced)")
     group.add_argument("--long-prefill-token-threshold", type=int, metavar="TOKENS",
                        help="most tokens of one prompt in a step while others wait")
     group.add_argument("--max-logprobs", type=int, metavar="N",

@@ -1,0 +1,63 @@
+"""Lesson 9. A step that is on its way: what was sampled, as a promise.
+
+Owns the copies from the device to the host and the wait for them. Whoever calls `result` at once has a synchronous engine;
+whoever launches the next step first has the host's work for free, because the GPU computes meanwhile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from minivllm.logprobs import LogprobsTensors, to_dicts
+from minivllm.request import Logprob
+from minivllm.scheduler_output import ModelOutput
+
+PromptLogprobs = dict[str, tuple[int, list[dict[int, Logprob]]]]
+
+
+def download(tensor: Tensor) -> Tensor:
+    """A copy on the host, which is there when the device has reached this point. On a CPU the tensor itself."""
+    if tensor.device.type == "cpu":
+        return tensor
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+
+
+class AsyncOutput:
+    """The tokens (R,) of R requests, and the logprobs that some of them asked for."""
+
+    def __init__(self, request_ids: Sequence[str] = (), token_ids: Tensor | None = None,
+                 prompt_logprobs: PromptLogprobs | None = None) -> None:
+        self.request_ids = request_ids
+        self.prompt_logprobs = prompt_logprobs or {}
+        self.logprobs: LogprobsTensors | None = None
+        self.asked: dict[int, int] = {}  # who of the R asked for logprobs, and for how many
+        self.token_ids = None if token_ids is None else download(token_ids)
+        self.is_done = self._mark()
+
+    def _mark(self) -> torch.cuda.Event | None:
+        """A mark in the device's queue behind all that was launched so far."""
+        if self.token_ids is None or not self.token_ids.is_pinned():
+            return None
+        event = torch.cuda.Event()
+        event.record()
+        return event
+
+    def add_logprobs(self, tensors: LogprobsTensors, asked: dict[int, int]) -> None:
+        self.logprobs, self.asked = LogprobsTensors(*map(download, tensors)), asked
+        self.is_done = self._mark()
+
+    def result(self) -> ModelOutput:
+        """Wait for the device and read."""
+        output = ModelOutput(prompt_logprobs=self.prompt_logprobs)
+        if self.token_ids is None:
+            return output
+        if self.is_done is not None:
+            self.is_done.synchronize()
+        output.sampled_token_ids = {name: [token] for name, token in zip(self.request_ids, self.token_ids.tolist())}
+        if self.logprobs is not None:
+            entries = to_dicts(self.logprobs, list(self.asked.values()))
+            output.logprobs = {self.request_ids[index]: [entry] for index, entry in zip(self.asked, entries)}
+        return output

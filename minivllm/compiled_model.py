@@ -1,0 +1,87 @@
+"""Lesson 14. The model in compiled regions: what lies between two attentions becomes one function, and all layers share it.
+
+Owns where torch.compile cuts. A layer is cut at its look back, since attention has kernels of its own, one per batch size;
+the rest of it and the beginning of the next layer are one region, so that adding, norm, rotation and the write of the KV
+become four kernels around the matrix products. Compiling all 24 layers at once takes 40 s for every batch size; one region
+takes a few, once, because the weights are its inputs.
+
+    opening                 between                                         between           closing
+    embed, norm, qkv, KV -> attention -> o, MLP | norm, qkv, KV -> attention -> ... -> o, MLP, norm
+
+The plain `Qwen2ForCausalLM.forward` computes the same, one operation after the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minivllm.attention import PagedAttention
+from minivllm.model import DecoderLayer, Qwen2ForCausalLM, Qwen2Model
+
+COMPILED_SHAPES = 64  # torch.compile gives a function up after 8 shapes unless told otherwise
+
+
+def opening(model: Qwen2Model, input_ids: Tensor, positions: Tensor, cache: PagedAttention,
+            slot_mapping: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x (T, E), cos and sin (T, D), and the first layer's queries (T, H, D)."""
+    x = model.embed_tokens(input_ids)
+    cos, sin = model.rotary_emb(positions, x.dtype)
+    first: DecoderLayer = model.layers[0]  # type: ignore[assignment]
+    return x, cos, sin, first.before_attention(x, cos, sin, cache, slot_mapping)
+
+
+def between(layer: DecoderLayer, following: DecoderLayer, x: Tensor, seen: Tensor, cos: Tensor, sin: Tensor,
+            cache: PagedAttention, slot_mapping: Tensor) -> tuple[Tensor, Tensor]:
+    """From what one layer has seen to what the following one asks: x (T, E) and queries (T, H, D)."""
+    x = after_attention(layer, x, seen)
+    return x, following.before_attention(x, cos, sin, cache, slot_mapping)
+
+
+def closing(model: Qwen2Model, x: Tensor, seen: Tensor) -> Tensor:
+    """From what the last layer has seen to hidden states (T, E)."""
+    last: DecoderLayer = model.layers[-1]  # type: ignore[assignment]
+    return model.norm(after_attention(last, x, seen))
+
+
+def after_attention(layer: DecoderLayer, x: Tensor, seen: Tensor) -> Tensor:
+    """The layer's own, on x (1, T, E): inductor would make `x + product` of (T, E) one call of the library, which copies x first.
+    As a part of the norm that follows, the addition is free.
+    """
+    return layer.after_attention(x[None], seen)[0]
+
+
+# What one token costs is the reading of the weights, and generated code for that is faster than the library's matrix product:
+# coordinate descent finds its tiles. The second switch keeps silu(gate) * up from being computed anew for every row of `down`.
+ONE_TOKEN: dict[str, Any] = {"coordinate_descent_tuning": True, "realize_acc_reads_threshold": 1}
+
+class OneAndMany:
+    """A function compiled twice, for one token and for any other number of them: torch.compile would part the two anyway."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.one = torch.compile(function, dynamic=False, options=ONE_TOKEN)
+        self.many = torch.compile(function, dynamic=True)
+
+    def __call__(self, num_tokens: int, *args: Any) -> Any:
+        return self.one(*args) if num_tokens == 1 else self.many(*args)
+
+
+class CompiledModel:
+    """`Qwen2ForCausalLM.forward` in regions, for any number of tokens."""
+
+    def __init__(self, model: Qwen2ForCausalLM) -> None:
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, COMPILED_SHAPES)
+        self.model = model.model
+        self.opening, self.between, self.closing = OneAndMany(opening), OneAndMany(between), OneAndMany(closing)
+
+    def __call__(self, input_ids: Tensor, positions: Tensor, kv_caches: Sequence[PagedAttention], metadata: Any) -> Tensor:
+        """Ids and positions (T,) to hidden states (T, E), after the final norm."""
+        num_tokens, layers, slots = len(input_ids), self.model.layers, metadata.slot_mapping
+        x, cos, sin, q = self.opening(num_tokens, self.model, input_ids, positions, kv_caches[0], slots)
+        for index in range(len(layers) - 1):
+            seen = kv_caches[index].attend(q, metadata)
+            x, q = self.between(num_tokens, layers[index], layers[index + 1], x, seen, cos, sin, kv_caches[index + 1], slots)
+        return self.closing(num_tokens, self.model, x, kv_caches[-1].attend(q, metadata))
