@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import random
 import tempfile
 
+import numpy as np
 import pytest
 import torch
 from test_engine import greedy, prompts_of, tokens_of
@@ -13,6 +16,7 @@ from tiny_models import random_qwen2
 
 from minivllm import LLM, SamplingParams
 from minivllm.cuda_graphs import bucket_sizes
+from minivllm.input_batch import upload
 
 
 @pytest.mark.parametrize("most", [1, 2, 3, 17, 64, 65, 200, 256, 1000])
@@ -27,12 +31,12 @@ def test_t32_every_batch_size_has_a_bucket_and_no_bucket_is_too_large(most):
 def model_and_folder():
     """14 query heads on 2 KV heads of 16 numbers: a group of 7, as in Qwen2.5-0.5B."""
     model, folder = random_qwen2(tempfile.mkdtemp(), 5, dtype=torch.float32, layers=2, hidden=224, heads=14, kv_heads=2, vocab=97,
-                                 initializer_range=0.2)
+                                 initializer_range=0.2, max_position_embeddings=32_768)
     return model.eval(), str(folder)
 
 
 def make_llm(backend: str = "flex_attention", **knobs) -> LLM:
-    knobs = {"max_model_len": 256, "block_size": 16, "num_blocks": 200, "max_num_seqs": 20, "dtype": "float32", **knobs}
+    knobs = {"max_model_len": 256, "block_size": 16, "num_blocks": 400, "max_num_seqs": 20, "dtype": "float32", **knobs}
     return LLM(model_and_folder()[1], skip_tokenizer_init=True, device="cuda", attention_backend=backend, **knobs)
 
 
@@ -50,13 +54,113 @@ def readable() -> LLM:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
 class TestOnTheDevice:
     def test_tokens_equal_hugging_face_at_every_batch_size(self):
-        """Batches of 1 to 17 requests, so every bucket and every padding, give Hugging Face's tokens in float32."""
+        """Batches of 1 to 20 requests, so every bucket and every padding, give Hugging Face's tokens in float32."""
         model, _ = model_and_folder()
-        prompts = prompts_of(*range(3, 60, 3)[:17])
+        prompts = prompts_of(*range(3, 63, 3))
         expected = [hf_greedy(model, prompt, 12) for prompt in prompts]
-        for count in (1, 2, 3, 4, 5, 8, 9, 15, 16, 17):
+        for count in range(1, 21):
             ours = tokens_of(graphed().generate(prompts[:count], greedy(12), use_tqdm=False))
             assert ours == expected[:count], f"a batch of {count} on CUDA graphs differs from Hugging Face"
+
+    def test_long_prompts_behind_cached_ones_equal_hugging_face(self):
+        """Prompts of several tiles and blocks, computed whole, in chunks and behind prefix hits, from blocks in shuffled order."""
+        model, _ = model_and_folder()
+        prompts = prompts_of(200, 129, 128, 64, 17, 1)
+        prompts += [[*prompt[: len(prompt) // 2], 7, 3, 9] for prompt in prompts]  # the first half is a prefix hit
+        expected = [hf_greedy(model, prompt, 8) for prompt in prompts]
+        for knobs in ({}, {"max_num_batched_tokens": 100}, {"block_size": 64, "num_blocks": 60}):
+            llm = make_llm(**knobs)
+            queue = llm.engine.kv_cache_manager.pool.free_queue
+            for block_id in random.Random(4).sample(list(queue), len(queue)):
+                queue.move_to_end(block_id)
+            for half in (prompts[:6], prompts[6:], prompts):
+                ours = tokens_of(llm.generate(half, greedy(8), use_tqdm=False))
+                assert ours == [expected[prompts.index(prompt)] for prompt in half], f"{knobs}: not Hugging Face's tokens"
+            assert llm.stats.prefix_cache_hits > 0
+            llm.close()
+
+    def test_graphs_eager_and_one_step_ahead_give_the_same_tokens(self):
+        """Launched ahead or in turn, on graphs or readable and eager: float32 tokens are equal, greedy, sampled, stopped."""
+        prompts = prompts_of(5, 40, 9, 130, 14, 7, 33)
+        free_run = tokens_of(graphed().generate(prompts, greedy(30), use_tqdm=False))
+        params = [SamplingParams(temperature=index % 2, seed=index, max_tokens=30, stop_token_ids=[free_run[0][9], free_run[2][5]])
+                  for index in range(7)]
+        outputs = []
+        for knobs in ({"async_scheduling": True}, {"async_scheduling": False}, {"enforce_eager": True, "backend": "auto"}):
+            llm = make_llm(**knobs)
+            outputs.append(tokens_of(llm.generate(prompts, params, use_tqdm=False)))
+            llm.close()
+        assert outputs[0] == outputs[1], "one step ahead the tokens differ"
+        assert outputs[0] == outputs[2], "on graphs the tokens differ from the eager engine's"
+
+    def test_in_bfloat16_a_graph_equals_its_own_step_ungraphed_bit_by_bit(self):
+        """The same compiled step at the same bucket, replayed and called: the logits are equal in every bit."""
+        llm = make_llm(dtype="bfloat16", max_num_seqs=6)
+        runner = llm.engine.runner
+        rows, graphs = runner.rows, runner.graphs
+        for count in (1, 2, 3, 6):
+            rows.block_table[:count] = torch.arange(1, count * 16 + 1, dtype=torch.int32, device="cuda").view(count, 16)
+            rows.token_ids[:count, :40] = torch.randint(97, (count, 40), dtype=torch.int32, device="cuda")
+            runner.kv_cache.normal_()
+            results = []
+            for use_graphs in (True, False):
+                rows.positions[:count] = torch.arange(20, 20 + count, dtype=torch.int32, device="cuda")
+                graphs.use_graphs = use_graphs
+                with torch.inference_mode():
+                    results.append(graphs.run(np.arange(count))[0].clone())
+            assert torch.equal(*results), f"a graph of {count} rows and its step ungraphed differ"
+            assert results[0].isfinite().all()
+        llm.close()
+
+    def test_logprobs_in_bfloat16_are_as_close_to_the_truth_as_hugging_faces(self):
+        """In bfloat16 no logprob is further from float32's than twice the worst of Hugging Face's own in bfloat16."""
+        model, _ = model_and_folder()
+        rounded = copy.deepcopy(model).bfloat16()
+        llm = make_llm(dtype="bfloat16")
+        ours, theirs = [0.0], [0.0]
+        for output in llm.generate(prompts_of(30, 130, 9), greedy(6, logprobs=0, prompt_logprobs=0), use_tqdm=False):
+            ids = output.prompt_token_ids + output.outputs[0].token_ids
+            with torch.no_grad():
+                truth, peer = (each(torch.tensor([ids])).logits[0].float().log_softmax(-1) for each in (model, rounded))
+            entries = [*output.prompt_logprobs[1:], *output.outputs[0].logprobs]
+            for place, (token, entry) in enumerate(zip(ids[1:], entries, strict=True)):
+                ours.append(abs(entry[token].logprob - truth[place, token].item()))
+                theirs.append(abs(float(peer[place, token] - truth[place, token])))
+        assert max(ours) < 2 * max(theirs), f"a logprob is off by {max(ours):.3f}, Hugging Face's worst by {max(theirs):.3f}"
+        llm.close()
+
+    def test_a_compiled_step_writes_kv_in_place(self):
+        """Steps of every kind allocate far less than one layer's KV cache: a write that copied it would need all of that."""
+        llm = make_llm(num_blocks=60_000)
+        layer_bytes = llm.engine.runner.kv_cache[0].nbytes
+        llm.generate(prompts_of(9, 130), greedy(4), use_tqdm=False)
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        llm.generate(prompts_of(*[200] * 20, seed=2), greedy(20), use_tqdm=False)
+        grown = torch.cuda.max_memory_allocated() - before
+        assert grown < layer_bytes / 2, f"steps took {grown:,} bytes more, and a layer's KV is {layer_bytes:,}"
+        llm.close()
+
+    def test_a_long_prompt_takes_no_more_memory_than_its_chunks(self):
+        """A prompt eight times as long, in chunks of the same size, needs the memory of one chunk."""
+        peaks = []
+        llm = make_llm(num_blocks=2100, max_model_len=32_768, max_num_batched_tokens=4096)
+        for length in (4096, 4096, 32_000):
+            torch.cuda.reset_peak_memory_stats()
+            llm.generate(prompts_of(length, seed=length), greedy(2), use_tqdm=False)
+            peaks.append(torch.cuda.max_memory_allocated())
+        assert peaks[2] < peaks[1] + 2**26, f"peaks of 4,096 and 32,000 tokens: {peaks[1]:,} and {peaks[2]:,} bytes"
+        llm.close()
+
+    def test_t34_what_is_uploaded_may_be_overwritten_at_once(self):
+        """While the device is busy, many uploads from one array that keeps changing all arrive with what it held at the time."""
+        device, array = torch.device("cuda"), np.zeros(1000, dtype=np.int64)
+        torch.cuda._sleep(200_000_000)  # some 0.1 s in which no copy can start
+        arrived = []
+        for number in range(200):
+            array[:] = number
+            arrived.append(upload(array, device))
+        assert [int(tensor.max()) for tensor in arrived] == [int(tensor.min()) for tensor in arrived] == list(range(200))
 
     def test_t33_a_small_batch_after_a_large_one_sees_nothing_of_it(self):
         """8 requests and then 5 through the same bucket give what each batch gives on the readable rung."""
@@ -83,6 +187,8 @@ class TestOnTheDevice:
         for count in (1, 2, 3, 6, 11, 20):
             params = [SamplingParams(temperature=index % 2, seed=index, max_tokens=6, ignore_eos=True) for index in range(count)]
             llm.generate(prompts_of(*range(7, 7 + count), seed=count), params, use_tqdm=False)
+        llm.generate(prompts_of(*range(100, 250, 4), seed=9), greedy(4), use_tqdm=False)  # more than the prompt graphs take
+        llm.generate([*prompts_of(*[250] * 9, seed=3), *prompts_of(*[3] * 30, seed=4)], greedy(4), use_tqdm=False)
         frames = torch._dynamo.utils.counters["stats"]["unique_graphs"]
         assert frames == 0, f"{frames} graphs were compiled after warm-up"
 

@@ -1,4 +1,4 @@
-"""`python -m minivllm.bench throughput|latency|serve ...`"""
+"""`python -m minivllm.bench throughput|latency|anatomy|serve ...`"""
 
 import sys
 

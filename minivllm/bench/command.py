@@ -1,4 +1,4 @@
-"""Which bench to run. Owns the three names and the exit status: 2 for a wrong flag or value, 1 for a run that failed."""
+"""Which bench to run. Owns the names and the exit status: 2 for a wrong flag or value, 1 for a run that failed."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from minivllm.exceptions import CheckpointError, ValidationError
 BENCHES = {
     "throughput": "tokens a second, of one engine or of several side by side",
     "latency": "seconds for one batch from start to end",
+    "anatomy": "where the milliseconds of a step go on a GPU",
     "serve": "what clients of an OpenAI server see: TTFT, TPOT, ITL, goodput",
 }
 

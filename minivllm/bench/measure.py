@@ -103,6 +103,8 @@ def warm_up_and_sweep(backend: Backend, workload: Workload, num_warmups: int, cl
         measured.size = min(measured.swept, key=lambda size: measured.swept[size])
     else:
         measured.size = sizes[0]
+        if measured.size is not None:  # one size alone has no sweep before it, and compiles at its first full run
+            run_once(backend, workload, measured.size, clock)
     return measured
 
 
