@@ -229,6 +229,6 @@ def report_lines(whole: dict[str, Any]) -> list[str]:
         *lines, "",
         f"Prompts, {prompts['num_prompts']} x {prompts['prompt_len']} tokens: {prompts['tokens_per_second']:,.0f} tokens/s, "
         f"{rate / 1e12:.0f} TFLOP/s, {rate / peak:.0%} of a large matrix product ({peak / 1e12:.0f})",
-        f"Shared prefix of {PREFIX_LEN:,} tokens, {NUM_SHARING} users at once: {prefix['shared_seconds'] * 1e3:.1f} ms to the first "
+        f"Shared prefix of {PREFIX_LEN} tokens, {NUM_SHARING} users at once: {prefix['shared_seconds'] * 1e3:.1f} ms to the first "
         f"token (mean), without sharing {prefix['alone_seconds'] * 1e3:.1f} ms: {prefix['ratio']:.1f}x",
         "", *environment_lines(whole["environment"])]
