@@ -12,6 +12,7 @@ vLLM: vllm/v1/worker/gpu/cudagraph_utils.py, and its FULL_DECODE_ONLY mode.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -87,9 +88,12 @@ class DecodeGraphs:
         self.compute_logits: Any = OneAndMany(head) if use_compile else lambda _, *args: head(*args)
         self.sample_into_rows: Any = torch.compile(sample_into_rows, dynamic=True) if use_compile else sample_into_rows
 
-    def capture(self) -> None:
-        """Compile and record every bucket, the largest first so that the others reuse its memory. Touches the null block only."""
-        pool = torch.cuda.graph_pool_handle()
+    def capture(self) -> float:
+        """Compile and record every bucket, the largest first so that the others reuse its memory. Touches the null block only.
+
+        Returns the seconds that recording took; the others went into compiling.
+        """
+        pool, seconds = torch.cuda.graph_pool_handle(), 0.0
         for size in reversed(bucket_sizes(self.max_num_seqs)):
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
@@ -97,10 +101,12 @@ class DecodeGraphs:
                 for _ in range(WARM_UP_RUNS):
                     self.compute(size)
             torch.cuda.current_stream().wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
+            graph, began = torch.cuda.CUDAGraph(), time.perf_counter()
             with torch.cuda.graph(graph, pool=pool):
                 self.results[size] = self.compute(size)
             self.graphs[size] = graph
+            seconds += time.perf_counter() - began
+        return seconds
 
     def compute(self, size: int) -> tuple[Tensor, Tensor]:
         """One decode step of the first `size` entries of `index`: logits (B, V) and a token (B,) for each."""

@@ -1,8 +1,8 @@
 """Every error that a user can cause, by kind.
 
 A request or a setting that is wrong raises `ValidationError` before anything is allocated; it names the parameter and the
-way out, and the engine serves the next request. A checkpoint that is wrong raises `CheckpointError`. After
-`EngineDeadError` nothing more will come from that engine.
+way out, and the engine serves the next request. A checkpoint that is wrong raises `CheckpointError`, and a
+start for which memory is too small `NotEnoughMemoryError`. After `EngineDeadError` nothing more will come from that engine.
 
     try:
         llm.generate(prompts, SamplingParams(temperature=3.0))
@@ -25,6 +25,10 @@ class ValidationError(ValueError):
 
 class UnsupportedError(ValidationError):
     """A value that vLLM or Hugging Face would accept and minivllm does not implement: refused by name, never ignored."""
+
+
+class NotEnoughMemoryError(ValidationError):
+    """Memory ran out at start: the message says in which phase, `parameter` names the knob to turn first."""
 
 
 class CheckpointError(ValueError):

@@ -75,10 +75,13 @@ class ModelRunner:
         return self.sample(inputs, hidden, self.prompt_logprobs(inputs, hidden))
 
     @torch.inference_mode()
-    def warm_up(self) -> None:
-        """Compile and capture before the first request comes. Only the null block is written, and nothing is counted."""
+    def warm_up(self) -> float:
+        """Compile and capture before the first request comes. Only the null block is written, and nothing is counted.
+
+        Returns the seconds that capturing took of it.
+        """
         if not self.uses_flex or (self.config.enforce_eager and self.device.type == "cuda"):
-            return
+            return 0.0
         on_gpu = self.device.type == "cuda"
         if on_gpu:
             for cache in self.kv_caches:
@@ -90,11 +93,12 @@ class ModelRunner:
         self.graphs = DecodeGraphs(self.model, self.forward_model, self.kv_caches, self.rows, self.config.max_num_seqs,
                                    use_graphs=on_gpu, use_compile=on_gpu)
         if on_gpu:
-            self.graphs.capture()
+            seconds = self.graphs.capture()
             for num_tokens in (2, min(300, self.rows.token_ids.shape[1])):
                 inputs = self.padding_inputs(num_tokens)
                 self.forward_ungraphed(inputs, *self.upload(inputs.rows, inputs.seq_lens))
-            self.prompt_graphs.capture()
+            return seconds + self.prompt_graphs.capture()
+        return 0.0
 
     def padding_inputs(self, num_tokens: int) -> StepInputs:
         """A prompt and a decode that belong to nobody: they write into the null block."""

@@ -12,6 +12,7 @@ vLLM captures mixed steps piecewise, attention left out; here it is inside, beca
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -56,15 +57,20 @@ class PromptGraphs:
             tiles[:, : cut.arrays.shape[1]] = cut.arrays
         return np.concatenate((tokens.ravel(), tiles.ravel()))
 
-    def capture(self) -> None:
-        """Record every bucket, the largest first so that the others reuse its memory. Touches the null block only."""
-        pool = torch.cuda.graph_pool_handle()
+    def capture(self) -> float:
+        """Record every bucket, the largest first so that the others reuse its memory. Touches the null block only.
+
+        Returns the seconds that recording took.
+        """
+        pool, seconds = torch.cuda.graph_pool_handle(), 0.0
         for size in reversed(self.buckets):
             self.compute(size)
-            graph = torch.cuda.CUDAGraph()
+            graph, began = torch.cuda.CUDAGraph(), time.perf_counter()
             with torch.cuda.graph(graph, pool=pool):
                 self.results[size] = self.compute(size)
             self.graphs[size] = graph
+            seconds += time.perf_counter() - began
+        return seconds
 
     def compute(self, size: int) -> Tensor:
         """Hidden states (size, E) of the step whose integers lie in `inputs[size]`."""

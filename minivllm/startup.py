@@ -4,11 +4,14 @@ Owns the order of a start and the report that says what was decided and why. The
 `decide_*` functions, so that the report's sum can be checked by hand:
 
     KV bytes a block = 2 (K and V) x layers x KV heads x head size x bytes of the dtype x block size
+
+How much memory the blocks may take: memory.py, and profile_run.py for a GPU.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import gc
 import logging
 import os
 import time
@@ -18,15 +21,17 @@ from typing import Any
 
 import torch
 
+from minivllm.compile_cache import CompileCache
 from minivllm.config import EngineConfig, ModelConfig
-from minivllm.exceptions import CheckpointError, ValidationError
+from minivllm.exceptions import CheckpointError, NotEnoughMemoryError, ValidationError
 from minivllm.generation_config import GenerationDefaults, read_generation_config
+from minivllm.memory import decide_num_blocks, is_out_of_memory, kv_bytes_per_block, out_of_memory
+from minivllm.model import Qwen2ForCausalLM
 from minivllm.model_runner import ModelRunner
+from minivllm.profile_run import MemorySum, measure_memory
 from minivllm.weights import load_dummy_model, load_model, resolve_dtype, resolve_model
 
 logger = logging.getLogger("minivllm")
-GIB = 2**30
-CPU_SHARE_OF_FREE_MEMORY = 0.25
 
 
 @dataclass
@@ -43,28 +48,46 @@ class Started:
 
 
 def start(config: EngineConfig) -> Started:
-    """Find and load the checkpoint, size the pool, build the runner. Raises `CheckpointError` or `ValidationError`."""
+    """Find and load the checkpoint, size the pool, build the runner. Raises `CheckpointError` or `ValidationError`.
+
+    Where memory runs out, all that was allocated is given back and a `NotEnoughMemoryError` says what to change.
+    """
     configure_logging()
-    seconds: dict[str, float] = {}
-    began = time.perf_counter()
+    began: dict[str, float] = {}  # phase -> when
+    try:
+        return _start(config, began)
+    except (RuntimeError, NotEnoughMemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        failure = error.with_traceback(None) if isinstance(error, NotEnoughMemoryError) else None
+    # Out here nothing refers to the frames that hold weights and KV: neither the old error nor the new one, for good.
+    gc.collect()
+    torch.cuda.empty_cache()  # without CUDA it does nothing
+    raise failure or out_of_memory(list(began)[-1], config)
+
+
+def _start(config: EngineConfig, began: dict[str, float]) -> Started:
+    """`start`, which tells `began` of each phase."""
+    began["tokenizer"] = time.perf_counter()
     folder = resolve_model(config.model, config.revision)
     model_config = ModelConfig.from_folder(folder)
     tokenizer = None if config.skip_tokenizer_init else load_tokenizer(folder, config, model_config.vocab_size)
-    seconds["tokenizer"] = time.perf_counter() - began
+    began["weights"] = time.perf_counter()
     device = decide_device(config.device)
     dtype = resolve_dtype(config.dtype, model_config, device)
     is_dummy = config.load_format == "dummy"
     model = load_dummy_model(model_config, dtype, device, config.seed) if is_dummy else load_model(folder, dtype, device)
-    seconds["weights"] = time.perf_counter() - began - seconds["tokenizer"]
-    config = decide_sizes(config, model_config, dtype, device)
+    began["profile run"] = time.perf_counter()
+    config, memory = decide_sizes(config, model_config, dtype, device, model)
+    began["KV pool"] = time.perf_counter()
     runner = ModelRunner(model, config, device, tokenizer)
-    seconds["KV pool"] = time.perf_counter() - began - sum(seconds.values())
-    runner.warm_up()
-    seconds["compiling"] = time.perf_counter() - began - sum(seconds.values())
+    began["compiling"] = time.perf_counter()
+    cache = CompileCache() if device.type == "cuda" and config.attention_backend == "flex_attention" else None
+    capture_seconds = runner.warm_up()
+    began["capturing"] = time.perf_counter() - capture_seconds
     defaults = read_generation_config(folder, config.generation_config, tokenizer)
     template = load_chat_template(config.chat_template) or getattr(tokenizer, "chat_template", None)
-    weight_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    report = write_report(config, model_config, dtype, weight_bytes, defaults, template, folder, seconds)
+    report = write_report(config, model, defaults, template, folder, memory, cache, began)
     logger.info("%s", report)
     return Started(config, model_config, tokenizer, defaults, template, runner, report)
 
@@ -119,13 +142,9 @@ def decide_device(asked: str) -> torch.device:
     return device
 
 
-def kv_bytes_per_block(model_config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
-    per_token = 2 * model_config.num_hidden_layers * model_config.num_key_value_heads * model_config.head_dim * dtype.itemsize
-    return per_token * block_size
-
-
-def decide_sizes(config: EngineConfig, model_config: ModelConfig, dtype: torch.dtype, device: torch.device) -> EngineConfig:
-    """The same config with every size filled in.
+def decide_sizes(config: EngineConfig, model_config: ModelConfig, dtype: torch.dtype, device: torch.device,
+                 model: Qwen2ForCausalLM | None = None) -> tuple[EngineConfig, MemorySum | None]:
+    """The same config with every size filled in, and the sum of a GPU's memory if one was needed, by a profile run of `model`.
 
     A max_model_len that nobody asked for is lowered to what the pool holds; one that was asked for stays.
     """
@@ -137,21 +156,30 @@ def decide_sizes(config: EngineConfig, model_config: ModelConfig, dtype: torch.d
                               "for: lower it, or set rope_scaling (YaRN) in config.json", parameter="max_model_len",
                               value=config.max_model_len)
     max_model_len = config.max_model_len or longest
-    block_bytes = kv_bytes_per_block(model_config, block_size, dtype)
-    num_blocks = config.num_blocks or decide_num_blocks(config, block_bytes, block_size, max_model_len, device)
-    pool_tokens = (num_blocks - 1) * block_size
-    if config.max_model_len is None:
-        max_model_len = min(max_model_len, pool_tokens + 1)  # the last token of a sequence needs no KV
-    budget = config.max_num_batched_tokens or (8192 if on_gpu else 2048)
-    if config.max_num_batched_tokens is None and not config.enable_chunked_prefill:
-        budget = max(budget, max_model_len)  # without chunks the longest prompt must fit into one step
     backend = decide_attention_backend(config, model_config, dtype, device, block_size)
-    return dataclasses.replace(config, device=str(device), dtype=str(dtype).removeprefix("torch."), block_size=block_size,
-                               num_blocks=num_blocks, max_model_len=max_model_len, max_num_batched_tokens=budget,
-                               attention_backend=backend,
-                               # a CPU has nothing to overlap, and a trace is easier to read step by step
-                               async_scheduling=(on_gpu and config.trace is None) if config.async_scheduling is None
-                               else config.async_scheduling)
+    num_blocks, memory = config.num_blocks, None
+    if num_blocks is None:
+        if on_gpu and model is not None and config.kv_cache_memory_bytes is None:
+            memory = measure_memory(model, config, backend, max_model_len, decide_budget(config, max_model_len, on_gpu), device)
+        block_bytes = kv_bytes_per_block(model_config, block_size, dtype)
+        num_blocks = decide_num_blocks(config, block_bytes, block_size, max_model_len, memory)
+    if config.max_model_len is None:
+        max_model_len = min(max_model_len, (num_blocks - 1) * block_size + 1)  # the last token of a sequence needs no KV
+    sized = dataclasses.replace(config, device=str(device), dtype=str(dtype).removeprefix("torch."), block_size=block_size,
+                                num_blocks=num_blocks, max_model_len=max_model_len, attention_backend=backend,
+                                max_num_batched_tokens=decide_budget(config, max_model_len, on_gpu),
+                                # a CPU has nothing to overlap, and a trace is easier to read step by step
+                                async_scheduling=(on_gpu and config.trace is None) if config.async_scheduling is None
+                                else config.async_scheduling)
+    return sized, memory
+
+
+def decide_budget(config: EngineConfig, max_model_len: int, on_gpu: bool) -> int:
+    """Tokens of a step. Without chunks the longest prompt must fit into one."""
+    if config.max_num_batched_tokens is not None:
+        return config.max_num_batched_tokens
+    budget = 8192 if on_gpu else 2048
+    return budget if config.enable_chunked_prefill else max(budget, max_model_len)
 
 
 def decide_attention_backend(config: EngineConfig, model_config: ModelConfig, dtype: torch.dtype, device: torch.device,
@@ -169,32 +197,6 @@ def decide_attention_backend(config: EngineConfig, model_config: ModelConfig, dt
     return config.attention_backend
 
 
-def decide_num_blocks(config: EngineConfig, block_bytes: int, block_size: int, max_model_len: int, device: torch.device) -> int:
-    """How many blocks the memory holds, at most what `max_num_seqs` requests of full length could use."""
-    most = config.max_num_seqs * -(-max_model_len // block_size) + 1
-    available = config.kv_cache_memory_bytes or free_bytes(config, device)
-    num_blocks = min(most, available // block_bytes)
-    if num_blocks < 2:
-        raise ValidationError(
-            f"no room for the KV cache: one block of {block_size} tokens takes {block_bytes:,} bytes and {available:,} are there. "
-            "Free memory, raise gpu_memory_utilization, lower block_size, or take a smaller model or dtype.",
-            parameter="kv_cache_memory_bytes" if config.kv_cache_memory_bytes else "gpu_memory_utilization")
-    return int(num_blocks)
-
-
-def free_bytes(config: EngineConfig, device: torch.device) -> int:
-    """Bytes that the KV cache may take: a share of the GPU less what is in use, or a quarter of the host's free memory."""
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        return max(0, int(config.gpu_memory_utilization * total) - (total - free))
-    try:
-        fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        free = int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError):  # not Linux
-        free = 4 * GIB
-    return int(free * CPU_SHARE_OF_FREE_MEMORY)
-
-
 def resolved_sizes(config: EngineConfig) -> tuple[int, int, int]:
     """(num_blocks, block_size, max_model_len) of a config that a start has filled in."""
     sizes = (config.num_blocks, config.block_size, config.max_model_len)
@@ -202,29 +204,38 @@ def resolved_sizes(config: EngineConfig) -> tuple[int, int, int]:
     return sizes  # type: ignore[return-value]
 
 
-def write_report(config: EngineConfig, model_config: ModelConfig, dtype: torch.dtype, weight_bytes: int,
-                 defaults: GenerationDefaults, template: str | None, folder: Path, seconds: dict[str, float]) -> str:
+def write_report(config: EngineConfig, model: Qwen2ForCausalLM, defaults: GenerationDefaults, template: str | None, folder: Path,
+                 memory: MemorySum | None, cache: CompileCache | None, began: dict[str, float]) -> str:
     """The start-up report: what was decided, in one place, once."""
     num_blocks, block_size, max_model_len = resolved_sizes(config)
+    weights = list(model.parameters())
     pool_tokens = (num_blocks - 1) * block_size
-    pool_bytes = num_blocks * kv_bytes_per_block(model_config, block_size, dtype)
+    pool_bytes = num_blocks * kv_bytes_per_block(model.config, block_size, weights[0].dtype)
     lines = [
         f"checkpoint         {config.model or 'embedded toy model'} ({folder.name}), {config.dtype} on {config.device}",
-        f"weights            {weight_bytes:,} bytes",
+        f"weights            {sum(weight.numel() * weight.itemsize for weight in weights):,} bytes",
         f"KV cache           {num_blocks - 1:,} blocks x {block_size} slots = {pool_tokens:,} tokens, {pool_bytes:,} bytes",
+        *([f"memory             {memory.describe(pool_bytes)}"] if memory else []),
         f"longest request    {max_model_len:,} tokens; {pool_tokens / max_model_len:.1f} of them fit at once "
         f"(max_num_seqs {config.max_num_seqs})",
         f"budget of a step   {config.max_num_batched_tokens:,} tokens; chunked prefill {_on(config.enable_chunked_prefill)}, "
         f"prefix cache {_on(config.enable_prefix_caching)}",
         f"attention          {config.attention_backend}",
+        *([f"compile cache      {cache.describe()}"] if cache else []),
         f"sampling defaults  {defaults.describe()}",
         "                   for HTTP fields left out and generate() without params; an explicit SamplingParams stands as it is",
         f"EOS ids            {', '.join(map(str, defaults.eos_token_ids)) or 'none: requests end by length or stop strings'}",
         f"chat template      {'found' if template else 'none: /v1/chat/completions and LLM.chat need chat_template=...'}",
-        f"ready in           {sum(seconds.values()):.1f} s: "
-        + ", ".join(f"{phase} {took:.1f}" for phase, took in seconds.items() if took >= 0.05),
+        f"ready in           {describe_seconds(began, time.perf_counter())}",
     ]
     return "minivllm is ready\n  " + "\n  ".join(lines)
+
+
+def describe_seconds(began: dict[str, float], now: float) -> str:
+    """The whole time of a start and that of each phase, which lasts until the next one begins."""
+    times = [*began.values(), now]
+    seconds = {phase: end - start for phase, start, end in zip(began, times, times[1:])}
+    return f"{now - times[0]:.1f} s: " + ", ".join(f"{phase} {took:.1f}" for phase, took in seconds.items() if took >= 0.05)
 
 
 def _on(flag: bool) -> str:

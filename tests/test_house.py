@@ -18,7 +18,7 @@ TORCH_FREE = ["block_pool", "kv_cache", "request", "sampling_params", "scheduler
 MAX_MODULE_LINES, MAX_FUNCTION_LINES = 300, 30
 COURSE = ("learn", "exercises", "viz", "trace", "compare", "cost", "generate", "dense_cache", "slot_batching")
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-GPU_RUNG = ("flex_attention", "compiled_model", "cuda_graphs", "prompt_graphs")
+GPU_RUNG = ("flex_attention", "compiled_model", "cuda_graphs", "prompt_graphs", "profile_run", "compile_cache")
 NOT_ENGINE = ("serve", "bench", "tiny", "cli", *COURSE)
 
 

@@ -15,7 +15,8 @@ from minivllm.config import EngineConfig, ModelConfig
 from minivllm.engine_args import engine_config_from_kwargs
 from minivllm.exceptions import CheckpointError, UnsupportedError, ValidationError
 from minivllm.generation_config import read_generation_config
-from minivllm.startup import decide_device, decide_sizes, kv_bytes_per_block
+from minivllm.memory import kv_bytes_per_block
+from minivllm.startup import decide_device, decide_sizes
 
 
 def model_config() -> ModelConfig:
@@ -23,7 +24,7 @@ def model_config() -> ModelConfig:
 
 
 def sizes(**knobs) -> EngineConfig:
-    return decide_sizes(EngineConfig(**knobs), model_config(), torch.float32, torch.device("cpu"))
+    return decide_sizes(EngineConfig(**knobs), model_config(), torch.float32, torch.device("cpu"))[0]
 
 
 def test_the_pool_is_the_memory_divided_by_the_bytes_of_a_block():

@@ -20,6 +20,8 @@ from minivllm.exceptions import ValidationError
 from minivllm.serve.service import ServerOptions
 
 EMBEDDED_NAME = "minivllm-tiny"
+ENVIRONMENT = ("Environment: MINIVLLM_API_KEY, see --api-key; MINIVLLM_CACHE_ROOT, where compiled kernels are kept between starts "
+               "(default: ~/.cache/minivllm); MINIVLLM_LOGGING_LEVEL (default: INFO); MINIVLLM_USE_MODELSCOPE=1.")
 LOG_LEVELS = ("critical", "error", "warning", "info", "debug", "trace")
 
 
@@ -74,7 +76,7 @@ def _dashed(argument: str) -> str:
 
 
 def build_parser(prog: str) -> OneLineParser:
-    parser = OneLineParser(prog=prog, allow_abbrev=False, description="Serve a model over OpenAI's HTTP API.")
+    parser = OneLineParser(prog=prog, allow_abbrev=False, description="Serve a model over OpenAI's HTTP API.", epilog=ENVIRONMENT)
     _add_server_flags(parser.add_argument_group("server"))
     _add_model_flags(parser.add_argument_group("model"))
     _add_engine_flags(parser.add_argument_group("engine"))
@@ -121,7 +123,8 @@ def _add_engine_flags(group: Any) -> None:
     group.add_argument("--block-size", type=int, metavar="TOKENS", help="slots in a block of the KV cache")
     group.add_argument("--num-blocks", "--num-gpu-blocks-override", type=int, metavar="N", help="blocks in the KV cache")
     group.add_argument("--kv-cache-memory-bytes", type=int, metavar="BYTES", help="size of the KV cache, exactly")
-    group.add_argument("--gpu-memory-utilization", type=float, metavar="FRACTION", help="share of the GPU's memory to use")
+    group.add_argument("--gpu-memory-utilization", type=float, metavar="FRACTION",
+                       help="share of the GPU's memory to use (default: 0.92)")
     for name, what in (("enable-prefix-caching", "reuse the blocks of equal prompt beginnings"),
                        ("enable-chunked-prefill", "split long prompts over steps")):
         group.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=None, help=f"{what} (default: on)")
@@ -132,7 +135,8 @@ def _add_engine_flags(group: Any) -> None:
     group.add_argument("--max-logprobs", type=int, metavar="N",
                        help="most logprobs a request may ask for, -1 for all (default: 20)")
     group.add_argument("--attention-backend", choices=ATTENTION_BACKENDS)
-    group.add_argument("--enforce-eager", action="store_true", default=None, help="no CUDA graphs")
+    group.add_argument("--enforce-eager", action="store_true", default=None,
+                       help="no compiling and no CUDA graphs: a quick start, slow steps")
     group.add_argument("--seed", type=int, help="of the engine, for requests without one (default: 0)")
     group.add_argument("--trace", metavar="FILE", help="record every step as JSON lines")
 

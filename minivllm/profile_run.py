@@ -1,0 +1,124 @@
+"""Lesson 14. Who gets how much of a GPU: one step is made before there is a KV cache, and the cache gets what that leaves.
+
+Owns the sum, and the step that belongs to nobody. The engine may fill `gpu_memory_utilization` of the whole:
+
+    KV cache = utilization x total - in use - a step's activations - CUDA graphs
+
+In use is whatever the device says: the weights, which are loaded by then, CUDA itself, other processes. Not in the sum, and left
+to the share that the engine may not fill: the copies of the readable attention, fragments, what the driver keeps for each graph.
+vLLM: determine_available_memory in vllm/v1/worker/gpu_worker.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minivllm.config import EngineConfig
+from minivllm.cuda_graphs import bucket_sizes
+from minivllm.model import Qwen2ForCausalLM
+from minivllm.model_runner import HOST_BOUND_FLOPS
+from minivllm.prompt_graphs import TOKEN_BUCKETS
+from minivllm.sampler import sample
+from minivllm.sampling_metadata import RowParams, SamplingMetadata
+from minivllm.sampling_params import SamplingParams
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class MemorySum:
+    """The bytes of a GPU, and what they are for."""
+
+    total: int
+    usable: int  # gpu_memory_utilization of them
+    weights: int
+    others: int  # other processes, other engines in this one, CUDA itself
+    activations: int
+    graphs: int
+
+    @property
+    def for_kv(self) -> int:
+        return bytes_for_kv(self.usable, self.weights + self.others, self.activations, self.graphs)
+
+    def describe(self, kv_bytes: int) -> str:
+        """The sum in GiB. Where the cache takes less than it could, because requests can't fill more, the rest is `unused`."""
+        parts = {"weights": self.weights, "others": self.others, "a step's activations": self.activations,
+                 "CUDA graphs": self.graphs, "KV cache": kv_bytes}
+        unused = self.usable - sum(parts.values())
+        parts |= {"unused": unused} if unused >= GIB / 20 else {}
+        listed = ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items())
+        return f"{self.total / GIB:.1f} GiB x {self.usable / self.total:.4g} = {self.usable / GIB:.1f}: {listed}"
+
+
+def bytes_for_kv(usable: int, in_use: int, activations: int, graphs: int) -> int:
+    """What is left for the KV cache, and never less than nothing."""
+    return max(0, usable - in_use - activations - graphs)
+
+
+class NoAttention:
+    """Attention that keeps nothing and looks at nothing, for a step without a KV cache."""
+
+    def write(self, k: Tensor, v: Tensor, slot_mapping: Any) -> None:
+        """Forget k and v."""
+
+    def attend(self, q: Tensor, metadata: Any) -> Tensor:
+        return q
+
+
+@torch.inference_mode()
+def dummy_step(model: Qwen2ForCausalLM, num_tokens: int, num_rows: int, max_model_len: int, device: torch.device) -> None:
+    """Compute tokens that belong to nobody and sample for the first `num_rows` of them. Leaves nothing behind.
+
+    Every other row is greedy; the others draw with a top_p alone, which puts the whole vocabulary in order and is the dearest
+    thing to ask of the sampler.
+    """
+    positions = torch.arange(num_tokens, device=device) % max_model_len
+    caches = [NoAttention() for _ in model.model.layers]
+    hidden = model(torch.zeros_like(positions), positions, caches, SimpleNamespace(slot_mapping=None))  # (T, E)
+    if num_rows := min(num_rows, num_tokens):
+        rows = [RowParams(SamplingParams(temperature=index % 2, top_p=0.9), index, 0) for index in range(num_rows)]
+        metadata = SamplingMetadata.from_requests(rows, model.config.vocab_size, device)
+        sample(model.compute_logits(hidden[:num_rows]), metadata)
+
+
+def peak_bytes(model: Qwen2ForCausalLM, num_tokens: int, num_rows: int, max_model_len: int, device: torch.device) -> int:
+    """Bytes that such a step takes while it runs. What it leaves allocated, a library's workspace, is in use from now on."""
+    torch.cuda.reset_peak_memory_stats(device)
+    dummy_step(model, num_tokens, num_rows, max_model_len, device)
+    peak = torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)
+    torch.cuda.empty_cache()
+    return peak
+
+
+def graph_output_bytes(max_num_seqs: int, prompt_buckets: list[int], vocab_size: int, hidden_size: int, itemsize: int) -> int:
+    """The results of CUDA graphs, which stay where they are: logits of every decode bucket, hidden states of every prompt bucket.
+
+    256 requests of Qwen2.5-0.5B in bfloat16: 1,183 rows x 151,936 logits and 7,040 tokens x 896, 2 bytes each: 372 MB.
+    """
+    return (sum(bucket_sizes(max_num_seqs)) * vocab_size + sum(prompt_buckets) * hidden_size) * itemsize
+
+
+def measure_memory(model: Qwen2ForCausalLM, config: EngineConfig, backend: str, max_model_len: int, budget: int,
+                   device: torch.device) -> MemorySum:
+    """The sum of a GPU that holds the weights and nothing else of this engine. A profile run: one step of the largest size.
+
+    Decodes and prompts have a pool of graph memory each, where buckets share their activations: each pool takes its largest
+    bucket's, beside all results. The rows of requests (`RowTensors`: 4 bytes a token) count as activations.
+    """
+    shape, parameters = model.config, list(model.parameters())
+    num_seqs, graphs = config.max_num_seqs, 0
+    step = peak_bytes(model, budget, num_seqs, max_model_len, device) + 4 * (num_seqs + 1) * max_model_len
+    if backend == "flex_attention" and not config.enforce_eager:
+        most_tokens = min(budget, HOST_BOUND_FLOPS // sum(parameter.numel() for parameter in parameters))
+        buckets = [size for size in TOKEN_BUCKETS if size <= most_tokens]
+        graphs = graph_output_bytes(num_seqs, buckets, shape.vocab_size, shape.hidden_size, parameters[0].itemsize)
+        graphs += sum(peak_bytes(model, size, 0, max_model_len, device) for size in (num_seqs, *buckets[-1:]))
+    weights = sum(parameter.numel() * parameter.itemsize for parameter in parameters)
+    free, total = torch.cuda.mem_get_info(device)
+    usable = int(config.gpu_memory_utilization * total)
+    return MemorySum(total, usable, weights, total - free - weights, step, graphs)
