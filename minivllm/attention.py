@@ -23,7 +23,7 @@ NULL_BLOCK = 0  # never handed out: padding reads and writes here, so that it ca
 QUERY_TILE = 128  # queries of a prefill chunk that share one mask: 128 x 32,768 positions are a mask of 4 MiB
 # Decodes share a gather up to this many positions. On a CPU the copy should still be in the core's cache when it is used:
 # 16 contexts of 2,048 take 20 ms a layer in one gather, and 12 in eight. On a GPU many launches cost more than that.
-GATHER_POSITIONS = {"cpu": 4096, "cuda": 2**18}
+GATHER_POSITIONS = {"cpu": 8192, "cuda": 2**18}
 
 
 @dataclass
@@ -41,6 +41,8 @@ class AttentionMetadata:
     # The same two facts as Python integers, which the runner knows anyway; when absent they are read back from the device.
     host_query_lens: list[int] = field(default_factory=list)
     host_seq_lens: list[int] = field(default_factory=list)
+    # Who they are: no two residencies of requests share a number. Only what remembers steps needs it (standing_attention.py).
+    request_keys: list[int] = field(default_factory=list)
     plan: StepPlan | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -112,7 +114,7 @@ class DecodeGroup:
 
     rows: Tensor  # (B,) int64  their rows in the query, one each
     slots: Tensor  # (B, S) int64
-    mask: Tensor  # (B, S) bool  True: this position exists
+    mask: Tensor  # (1, B, 1, S) bool  True: this position exists
 
 
 @dataclass
@@ -146,23 +148,28 @@ def group_by_length(seq_lens: list[int], max_positions: int) -> list[list[int]]:
     return groups
 
 
-def plan_step(metadata: AttentionMetadata, block_size: int) -> StepPlan:
-    """Work out which slots this step reads, from host integers alone: no wait for the device."""
-    table, device = metadata.block_table, metadata.block_table.device
-    decode_groups = []
+def plan_decodes(metadata: AttentionMetadata, block_size: int) -> list[DecodeGroup]:
+    """Work out which slots the decodes of this step read, from host integers alone: no wait for the device."""
+    table, device, groups = metadata.block_table, metadata.block_table.device, []
     max_positions = GATHER_POSITIONS.get(device.type, GATHER_POSITIONS["cuda"])
     for group in group_by_length(metadata.host_seq_lens[: metadata.num_decodes], max_positions):
         rows = torch.tensor(group, device=device)
         seq_lens, longest = metadata.seq_lens[rows], max(metadata.host_seq_lens[row] for row in group)
         mask = torch.arange(longest, device=device) < seq_lens[:, None]  # (B, S)
-        decode_groups.append(DecodeGroup(rows, context_slots(table[rows], seq_lens, longest, block_size), mask))
-    prefill_chunks, start = [], metadata.num_decodes
+        # Four axes, although three would broadcast: with three SDPA takes its slow path on a CPU, 1.5 to 2.7 times as long.
+        groups.append(DecodeGroup(rows, context_slots(table[rows], seq_lens, longest, block_size), mask[None, :, None]))
+    return groups
+
+
+def plan_prefills(metadata: AttentionMetadata, block_size: int) -> list[PrefillChunk]:
+    """The same for the requests behind the decodes, one chunk each."""
+    chunks, start = [], metadata.num_decodes
     for row in range(metadata.num_decodes, len(metadata.host_seq_lens)):
         one, end = slice(row, row + 1), start + metadata.host_query_lens[row]
-        slots = context_slots(table[one], metadata.seq_lens[one], metadata.host_seq_lens[row], block_size)[0]  # (S,)
-        prefill_chunks.append(PrefillChunk(start, end, slots))
+        slots = context_slots(metadata.block_table[one], metadata.seq_lens[one], metadata.host_seq_lens[row], block_size)[0]  # (S,)
+        chunks.append(PrefillChunk(start, end, slots))
         start = end
-    return StepPlan(decode_groups, prefill_chunks)
+    return chunks
 
 
 def allocate_kv_cache(num_layers: int, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int,
@@ -198,24 +205,32 @@ class PagedAttention:
     def attend(self, q: Tensor, metadata: AttentionMetadata) -> Tensor:
         """Each query (T, H, D) over its own request's context, itself included; rows of padded tokens are zero."""
         if metadata.plan is None:
-            metadata.plan = plan_step(metadata, self.block_size)
+            metadata.plan = StepPlan(self.plan_decodes(metadata), plan_prefills(metadata, self.block_size))
         output = torch.zeros_like(q)
         for group in metadata.plan.decode_groups:
-            output[group.rows] = self.attend_decodes(q[group.rows], group)
+            output.index_copy_(0, group.rows, self.attend_decodes(q.index_select(0, group.rows), group))
         for chunk in metadata.plan.prefill_chunks:
             output[chunk.start : chunk.end] = self.attend_chunk(q[chunk.start : chunk.end], chunk.slots)
         return output
 
-    def attend_decodes(self, q: Tensor, group: DecodeGroup) -> Tensor:
-        """One query each, q (B, H, D), in one batched gather.
+    def plan_decodes(self, metadata: AttentionMetadata) -> list[DecodeGroup]:
+        """What the decodes of a step read. Asked of one layer, for all."""
+        return plan_decodes(metadata, self.block_size)
+
+    def contexts(self, group: DecodeGroup) -> tuple[Tensor, Tensor]:
+        """K and V of a group, (K, B, S, D) each, in one batched gather.
 
         The copy is about half of the time; vLLM's kernels read through the table and copy nothing.
         """
+        return gather_kv(self.key_cache, group.slots), gather_kv(self.value_cache, group.slots)
+
+    def attend_decodes(self, q: Tensor, group: DecodeGroup) -> Tensor:
+        """One query each, q (B, H, D)."""
         num_kv_heads, _, head_dim = self.key_cache.shape
-        k, v = gather_kv(self.key_cache, group.slots), gather_kv(self.value_cache, group.slots)  # (K, B, S, D)
+        k, v = self.contexts(group)  # (K, B, S, D)
         # Query heads that share a KV head become its queries: K and V are read once, never repeated.
         q = q.view(len(q), num_kv_heads, -1, head_dim).transpose(0, 1)  # (K, B, H/K, D)
-        output = F.scaled_dot_product_attention(q, k, v, attn_mask=group.mask[:, None])  # (K, B, H/K, D)
+        output = F.scaled_dot_product_attention(q, k, v, attn_mask=group.mask)  # (K, B, H/K, D)
         return output.transpose(0, 1).flatten(1, 2)  # (B, H, D)
 
     def attend_chunk(self, q: Tensor, slots: Tensor) -> Tensor:

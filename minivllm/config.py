@@ -21,7 +21,7 @@ ROPE_FIELDS = {"rope_type", "type", "rope_theta"}
 YARN_FIELDS = {"factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale",
                "mscale_all_dim", "truncate"}
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
-ATTENTION_BACKENDS = ("auto", "paged_gather", "flex_attention")
+ATTENTION_BACKENDS = ("auto", "paged_gather", "standing", "flex_attention")
 LOAD_FORMATS = ("auto", "safetensors", "dummy")  # auto is safetensors; dummy is random weights in the true shape
 
 

@@ -32,7 +32,9 @@ from minivllm.prompt_graphs import PromptGraphs
 from minivllm.sampler import sample
 from minivllm.sampling_metadata import RowParams, SamplingMetadata, encode_bad_words
 from minivllm.scheduler_output import SchedulerOutput
+from minivllm.standing_attention import StandingAttention
 
+ATTENTION = {"paged_gather": PagedAttention, "standing": StandingAttention, "flex_attention": FlexPagedAttention}
 # A step of fewer flops takes the GPU less time than it takes the host to launch its kernels one by one: some 10 ms.
 HOST_BOUND_FLOPS = 2_000_000_000_000
 
@@ -52,7 +54,7 @@ class ModelRunner:
         dtype = next(model.parameters()).dtype
         self.kv_cache = allocate_kv_cache(shape.num_hidden_layers, config.num_blocks, config.block_size,
                                           shape.num_key_value_heads, shape.head_dim, dtype, device)
-        attention = FlexPagedAttention if self.uses_flex else PagedAttention
+        attention = ATTENTION[config.attention_backend]
         self.kv_caches = [attention(layer, config.block_size) for layer in self.kv_cache]
         self.batch = InputBatch(config.max_num_seqs)
         self.rows = RowTensors(config.max_num_seqs, config.max_model_len, config.num_blocks, config.block_size, device)
@@ -154,7 +156,8 @@ class ModelRunner:
         num_blocks = -(-int(inputs.seq_lens.max()) // self.block_size)
         (starts,) = self.upload(np.concatenate(([0], np.cumsum(inputs.query_lens))))
         return AttentionMetadata(starts.int(), seq_lens.int(), self.rows.block_table[rows, :num_blocks], slots, inputs.num_decodes,
-                                 inputs.query_lens.tolist(), inputs.seq_lens.tolist())
+                                 inputs.query_lens.tolist(), inputs.seq_lens.tolist(),
+                                 [self.batch.request(row).admission for row in inputs.rows])
 
     def flex_metadata(self, inputs: StepInputs, slots: Tensor) -> FlexMetadata:
         """What the compiled attention has to know of a step: decodes padded to a bucket, prompts cut into tiles."""

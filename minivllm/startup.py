@@ -28,6 +28,7 @@ from minivllm.generation_config import GenerationDefaults, read_generation_confi
 from minivllm.memory import decide_num_blocks, is_out_of_memory, kv_bytes_per_block, out_of_memory
 from minivllm.model import Qwen2ForCausalLM
 from minivllm.model_runner import ModelRunner
+from minivllm.packed_linear import pack_linears
 from minivllm.profile_run import MemorySum, measure_memory
 from minivllm.weights import load_dummy_model, load_model, resolve_dtype, resolve_model
 
@@ -77,6 +78,8 @@ def _start(config: EngineConfig, began: dict[str, float]) -> Started:
     dtype = resolve_dtype(config.dtype, model_config, device)
     is_dummy = config.load_format == "dummy"
     model = load_dummy_model(model_config, dtype, device, config.seed) if is_dummy else load_model(folder, dtype, device)
+    num_bytes = sum(weight.numel() * weight.itemsize for weight in model.parameters())
+    layout = pack_linears(model, device, config.max_num_seqs)
     began["profile run"] = time.perf_counter()
     config, memory = decide_sizes(config, model_config, dtype, device, model)
     began["KV pool"] = time.perf_counter()
@@ -87,7 +90,7 @@ def _start(config: EngineConfig, began: dict[str, float]) -> Started:
     began["capturing"] = time.perf_counter() - capture_seconds
     defaults = read_generation_config(folder, config.generation_config, tokenizer)
     template = load_chat_template(config.chat_template) or getattr(tokenizer, "chat_template", None)
-    report = write_report(config, model, defaults, template, folder, memory, cache, began)
+    report = write_report(config, model, f"{num_bytes:,} bytes, {layout}", defaults, template, folder, memory, cache, began)
     logger.info("%s", report)
     return Started(config, model_config, tokenizer, defaults, template, runner, report)
 
@@ -184,7 +187,7 @@ def decide_budget(config: EngineConfig, max_model_len: int, on_gpu: bool) -> int
 
 def decide_attention_backend(config: EngineConfig, model_config: ModelConfig, dtype: torch.dtype, device: torch.device,
                              block_size: int) -> str:
-    """"auto" is the compiled rung where its kernels exist and compiling is wanted; asked for elsewhere, it is refused by name."""
+    """"auto" is the fastest that runs here without being asked for more: compiled on CUDA, standing copies on a CPU."""
     sizes = (block_size, model_config.head_dim)
     has_kernel = device.type == "cuda" and dtype != torch.float64 and all(size in (16, 32, 64, 128, 256) for size in sizes)
     if config.attention_backend == "flex_attention" and not has_kernel:
@@ -192,9 +195,14 @@ def decide_attention_backend(config: EngineConfig, model_config: ModelConfig, dt
             "attention_backend='flex_attention' needs CUDA, a dtype other than float64, and powers of two from 16 to 256 for "
             f"block_size and head size, got {device.type}, {dtype}, {block_size} and {model_config.head_dim}: use 'auto'",
             parameter="attention_backend", value=config.attention_backend)
-    if config.attention_backend == "auto":
-        return "flex_attention" if has_kernel and not config.enforce_eager else "paged_gather"
-    return config.attention_backend
+    if config.attention_backend == "standing" and device.type != "cpu":
+        raise ValidationError("attention_backend='standing' keeps its copies on a CPU: use 'auto'", parameter="attention_backend",
+                              value=config.attention_backend)
+    if config.attention_backend != "auto":
+        return config.attention_backend
+    if device.type == "cpu":
+        return "standing"
+    return "flex_attention" if has_kernel and not config.enforce_eager else "paged_gather"
 
 
 def resolved_sizes(config: EngineConfig) -> tuple[int, int, int]:
@@ -204,16 +212,15 @@ def resolved_sizes(config: EngineConfig) -> tuple[int, int, int]:
     return sizes  # type: ignore[return-value]
 
 
-def write_report(config: EngineConfig, model: Qwen2ForCausalLM, defaults: GenerationDefaults, template: str | None, folder: Path,
-                 memory: MemorySum | None, cache: CompileCache | None, began: dict[str, float]) -> str:
+def write_report(config: EngineConfig, model: Qwen2ForCausalLM, weights: str, defaults: GenerationDefaults, template: str | None,
+                 folder: Path, memory: MemorySum | None, cache: CompileCache | None, began: dict[str, float]) -> str:
     """The start-up report: what was decided, in one place, once."""
     num_blocks, block_size, max_model_len = resolved_sizes(config)
-    weights = list(model.parameters())
     pool_tokens = (num_blocks - 1) * block_size
-    pool_bytes = num_blocks * kv_bytes_per_block(model.config, block_size, weights[0].dtype)
+    pool_bytes = num_blocks * kv_bytes_per_block(model.config, block_size, model.model.embed_tokens.weight.dtype)
     lines = [
         f"checkpoint         {config.model or 'embedded toy model'} ({folder.name}), {config.dtype} on {config.device}",
-        f"weights            {sum(weight.numel() * weight.itemsize for weight in weights):,} bytes",
+        f"weights            {weights}",
         f"KV cache           {num_blocks - 1:,} blocks x {block_size} slots = {pool_tokens:,} tokens, {pool_bytes:,} bytes",
         *([f"memory             {memory.describe(pool_bytes)}"] if memory else []),
         f"longest request    {max_model_len:,} tokens; {pool_tokens / max_model_len:.1f} of them fit at once "

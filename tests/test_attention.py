@@ -62,8 +62,9 @@ def alone(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return plain_attention(q, k, v, mask).transpose(0, 1)
 
 
-def one_layer(num_blocks: int, block_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype = torch.float32) -> PagedAttention:
-    return PagedAttention(allocate_kv_cache(1, num_blocks, block_size, kv_heads, head_dim, dtype)[0], block_size)
+def one_layer(num_blocks: int, block_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype = torch.float32,
+              kind: type[PagedAttention] = PagedAttention) -> PagedAttention:
+    return kind(allocate_kv_cache(1, num_blocks, block_size, kv_heads, head_dim, dtype)[0], block_size)
 
 
 def make_world(lens: list[tuple[int, int]], block_size: int, seed: int = 0, heads: int = 4, kv_heads: int = 2,

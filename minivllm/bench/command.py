@@ -14,6 +14,7 @@ BENCHES = {
     "latency": "seconds for one batch from start to end",
     "anatomy": "where the milliseconds of a step go on a GPU",
     "serve": "what clients of an OpenAI server see: TTFT, TPOT, ITL, goodput",
+    "scheduler": "microseconds of scheduling a step, however many requests wait",
 }
 
 
