@@ -13,6 +13,7 @@ vLLM: vllm/v1/core/kv_cache_manager.py and kv_cache_utils.py; groups of layers w
 from __future__ import annotations
 
 import hashlib
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -47,7 +48,7 @@ def hash_block_tokens(parent: BlockHash | None, token_ids: Sequence[int], extra_
     """
     parent_digest = parent.digest if parent else NO_PARENT
     content = (tuple(token_ids), extra_keys)
-    digest = hashlib.sha256(parent_digest + repr(content).encode()).digest()
+    digest = hashlib.sha256(parent_digest + array("q", token_ids).tobytes() + repr(extra_keys).encode()).digest()
     return BlockHash(digest, parent_digest, *content)
 
 

@@ -138,8 +138,8 @@ def test_the_report_says_which_rung_and_how_the_weights_lie():
 
 
 def test_standing_copies_are_refused_off_the_cpu():
+    shape = SimpleNamespace(head_dim=64)
     with pytest.raises(ValidationError, match="standing"):
-        shape = SimpleNamespace(head_dim=64)
         decide_attention_backend(EngineConfig(attention_backend="standing"), shape, torch.float64, torch.device("cuda"), 16)
 
 

@@ -28,7 +28,9 @@ def describe_environment(device: torch.device, dtype: torch.dtype | None = None)
     if dtype is not None:
         found["dtype"] = str(dtype).removeprefix("torch.")
     threading = {name: value for name, value in os.environ.items() if name.startswith(THREADING)}
-    return found | {"threading": threading, "command": shlex.join(["python", "-m", "minivllm.bench", *sys.argv[1:]])}
+    # Folders are this machine's own affair, and a result is there to be shown.
+    arguments = [Path(argument).name if argument.startswith("/") else argument for argument in sys.argv[1:]]
+    return found | {"threading": threading, "command": shlex.join(["python", "-m", "minivllm.bench", *arguments])}
 
 
 def device_name(device: torch.device) -> str:
