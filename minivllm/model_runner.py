@@ -242,7 +242,9 @@ class ModelRunner:
         return upload(np.concatenate(arrays), self.device).split([len(array) for array in arrays])
 
     def close(self) -> None:
-        """Let go of weights and KV, and hand cached GPU memory back to the device."""
+        """Let go of weights and KV, and hand cached GPU memory back to the device. A step that nobody waits for may still run."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
         del self.model, self.forward_model, self.kv_cache, self.kv_caches, self.rows, self.graphs, self.prompt_graphs
         if self.device.type == "cuda":
             torch.cuda.empty_cache()

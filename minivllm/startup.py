@@ -30,6 +30,7 @@ from minivllm.model import Qwen2ForCausalLM
 from minivllm.model_runner import ModelRunner
 from minivllm.packed_linear import pack_linears
 from minivllm.profile_run import MemorySum, measure_memory
+from minivllm.threads import set_num_threads
 from minivllm.weights import load_dummy_model, load_model, resolve_dtype, resolve_model
 
 logger = logging.getLogger("minivllm")
@@ -79,7 +80,8 @@ def _start(config: EngineConfig, began: dict[str, float]) -> Started:
     is_dummy = config.load_format == "dummy"
     model = load_dummy_model(model_config, dtype, device, config.seed) if is_dummy else load_model(folder, dtype, device)
     num_bytes = sum(weight.numel() * weight.itemsize for weight in model.parameters())
-    layout = pack_linears(model, device, config.max_num_seqs)
+    told = {"threads": set_num_threads(device),
+            "weights": f"{num_bytes:,} bytes, {pack_linears(model, device, config.max_num_seqs)}"}
     began["profile run"] = time.perf_counter()
     config, memory = decide_sizes(config, model_config, dtype, device, model)
     began["KV pool"] = time.perf_counter()
@@ -90,7 +92,7 @@ def _start(config: EngineConfig, began: dict[str, float]) -> Started:
     began["capturing"] = time.perf_counter() - capture_seconds
     defaults = read_generation_config(folder, config.generation_config, tokenizer)
     template = load_chat_template(config.chat_template) or getattr(tokenizer, "chat_template", None)
-    report = write_report(config, model, f"{num_bytes:,} bytes, {layout}", defaults, template, folder, memory, cache, began)
+    report = write_report(config, model, told, defaults, template, folder, memory, cache, began)
     logger.info("%s", report)
     return Started(config, model_config, tokenizer, defaults, template, runner, report)
 
@@ -212,15 +214,16 @@ def resolved_sizes(config: EngineConfig) -> tuple[int, int, int]:
     return sizes  # type: ignore[return-value]
 
 
-def write_report(config: EngineConfig, model: Qwen2ForCausalLM, weights: str, defaults: GenerationDefaults, template: str | None,
-                 folder: Path, memory: MemorySum | None, cache: CompileCache | None, began: dict[str, float]) -> str:
+def write_report(config: EngineConfig, model: Qwen2ForCausalLM, told: dict[str, str], defaults: GenerationDefaults,
+                 template: str | None, folder: Path, memory: MemorySum | None, cache: CompileCache | None,
+                 began: dict[str, float]) -> str:
     """The start-up report: what was decided, in one place, once."""
     num_blocks, block_size, max_model_len = resolved_sizes(config)
     pool_tokens = (num_blocks - 1) * block_size
     pool_bytes = num_blocks * kv_bytes_per_block(model.config, block_size, model.model.embed_tokens.weight.dtype)
     lines = [
         f"checkpoint         {config.model or 'embedded toy model'} ({folder.name}), {config.dtype} on {config.device}",
-        f"weights            {weights}",
+        f"weights            {told['weights']}",
         f"KV cache           {num_blocks - 1:,} blocks x {block_size} slots = {pool_tokens:,} tokens, {pool_bytes:,} bytes",
         *([f"memory             {memory.describe(pool_bytes)}"] if memory else []),
         f"longest request    {max_model_len:,} tokens; {pool_tokens / max_model_len:.1f} of them fit at once "
@@ -228,6 +231,7 @@ def write_report(config: EngineConfig, model: Qwen2ForCausalLM, weights: str, de
         f"budget of a step   {config.max_num_batched_tokens:,} tokens; chunked prefill {_on(config.enable_chunked_prefill)}, "
         f"prefix cache {_on(config.enable_prefix_caching)}",
         f"attention          {config.attention_backend}",
+        *([f"threads            {told['threads']}"] if config.device == "cpu" else []),
         *([f"compile cache      {cache.describe()}"] if cache else []),
         f"sampling defaults  {defaults.describe()}",
         "                   for HTTP fields left out and generate() without params; an explicit SamplingParams stands as it is",

@@ -13,7 +13,7 @@ from test_attention import one_layer
 from tiny_models import random_qwen2
 from torch import nn
 
-from minivllm import LLM, SamplingParams
+from minivllm import LLM, SamplingParams, threads
 from minivllm import packed_linear as packed_linear_module
 from minivllm.attention import AttentionMetadata, PagedAttention
 from minivllm.bench.command import main as bench
@@ -150,3 +150,39 @@ def test_the_bench_of_the_scheduler_holds_its_queue(tmp_path, capsys):
     rows = json.loads(file.read_text())
     assert [row["waiting"] for row in rows] == [0, 50] and all(row["tokens_per_step"] > 3 for row in rows)
     assert "us/step" in capsys.readouterr().out
+
+
+# Threads ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("files", "quota"), [
+    ({"cpu.max": "200000 100000"}, 2.0), ({"cpu.max": "150000 100000"}, 1.5), ({"cpu.max": "max 100000"}, None), ({}, None),
+    ({"cpu/cpu.cfs_quota_us": "300000", "cpu/cpu.cfs_period_us": "100000"}, 3.0),
+    ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, None),
+])
+def test_a_containers_share_of_the_processor_is_read(tmp_path, files, quota):
+    """Both versions of cgroups are understood; no file and no limit are the same."""
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content + "\n")
+    assert threads.cpu_quota(tmp_path) == quota
+
+
+@pytest.mark.parametrize(("quota", "variable", "expected"), [
+    (1.5, None, 2), (None, None, 8), (16.0, None, 8), (1.5, "OMP_NUM_THREADS", 8)])
+def test_threads_are_lowered_to_the_quota_unless_somebody_has_said_how_many(monkeypatch, quota, variable, expected):
+    """Eight threads become two where the container may use one and a half cores; never more, and never against the user."""
+    now = [8]
+    for name in threads.VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    if variable:
+        monkeypatch.setenv(variable, "8")
+    monkeypatch.setattr(threads, "cpu_quota", lambda: quota)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: now[0])
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: now.__setitem__(0, number))
+    told = threads.set_num_threads(CPU)
+    assert now[0] == expected
+    assert told.startswith(str(expected)) and ("1.5 cores" in told) == (expected == 2)
+    now[0] = 8
+    threads.set_num_threads(torch.device("cuda"))
+    assert now[0] == 8, "on a GPU the processor's threads are nobody's business"

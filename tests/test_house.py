@@ -19,7 +19,7 @@ MAX_MODULE_LINES, MAX_FUNCTION_LINES = 300, 30
 COURSE = ("learn", "exercises", "viz", "trace", "compare", "cost", "generate", "dense_cache", "slot_batching")
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 FAST_RUNGS = ("flex_attention", "compiled_model", "cuda_graphs", "prompt_graphs", "profile_run", "compile_cache",  # on a GPU
-              "packed_linear", "standing_attention")  # on a CPU
+              "packed_linear", "standing_attention", "threads")  # on a CPU
 NOT_ENGINE = ("serve", "bench", "tiny", "cli", *COURSE)
 
 

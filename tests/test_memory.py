@@ -340,7 +340,8 @@ def test_the_report_of_a_gpu_has_its_sum_its_cache_and_its_phases(monkeypatch):
     assert "memory   " not in llm.engine.report and "compile cache" not in llm.engine.report
     defaults = SimpleNamespace(describe=lambda: "none", eos_token_ids=())
     cache = SimpleNamespace(describe=lambda: "~/.cache (warm)")
-    report = startup.write_report(llm.engine.config, llm.engine.runner.model, "7 bytes", defaults, None, Path("m"), MADE_UP,
+    told = {"weights": "7 bytes", "threads": "1"}
+    report = startup.write_report(llm.engine.config, llm.engine.runner.model, told, defaults, None, Path("m"), MADE_UP,
                                       cache, {"x": 0})
     assert "memory             100.0 GiB x 0.9 = 90.0: weights 10.0" in report
     assert "compile cache      ~/.cache (warm)" in report

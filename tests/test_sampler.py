@@ -15,7 +15,7 @@ from transformers import generation as hf
 from minivllm import sampler
 from minivllm.logprobs import compute_logprobs, prompt_logprobs, to_dicts
 from minivllm.sampler import NEVER, exponential_noise, mask_and_bias, sample, warp
-from minivllm.sampling_metadata import RowParams, SamplingMetadata, encode_bad_words
+from minivllm.sampling_metadata import RowParams, SamplingMetadata, encode_bad_words, is_plain
 from minivllm.sampling_params import SamplingParams
 
 GREEDY = SamplingParams(temperature=0.0)
@@ -369,6 +369,30 @@ def test_t40_noise_is_the_published_hash_bit_for_bit(seed, position, vocab_size)
     noise = float(exponential_noise(torch.tensor([seed]), torch.tensor([position]), vocab_size)[0, token])
     wanted = min(slow_noise(seed, position, token), -math.log(2.0**-24))
     assert math.isclose(noise, wanted, rel_tol=1e-3 if wanted > 1 else 1e-5), f"noise is {noise}, plain integers give {wanted}"
+
+
+@given(st.integers(0, 10**6), st.integers(1, 6), st.sampled_from([7, 97, 128, 640, 1000]), st.booleans())
+def test_the_plain_sampler_chooses_what_the_whole_one_chooses(seed, num_rows, vocab_size, has_ties):
+    """For rows of nothing but a temperature the form for compilers gives the same tokens, in ties the first one when greedy."""
+    rng = random.Random(seed)
+    logits = random_logits(seed, num_rows, vocab_size)
+    logits = logits.round() if has_ties else logits
+    rows = [RowParams(SamplingParams(temperature=rng.choice([0, 0.05, 0.7, 1.0, 2.0])), rng.randrange(2**40), rng.randrange(999))
+            for _ in range(num_rows)]
+    metadata = SamplingMetadata.from_requests(rows, vocab_size)
+    assert all(is_plain(row.params) for row in rows)
+    plain = sampler.sample_plain(logits, metadata.temperature, metadata.seeds, metadata.positions)
+    assert plain.tolist() == sample(logits, metadata).tolist()
+
+
+@pytest.mark.parametrize("field", [
+    {"top_k": 3}, {"top_p": 0.9}, {"min_p": 0.1}, {"repetition_penalty": 1.1}, {"presence_penalty": 1}, {"frequency_penalty": -1},
+    {"logit_bias": {3: 1.0}}, {"allowed_token_ids": [1]}, {"bad_words": ["x"]}, {"min_tokens": 2}, {"temperature": 0.01}])
+def test_whatever_else_is_asked_for_is_not_plain(field):
+    """Every parameter that changes logits or cuts them off, and a tiny temperature, takes a request off the plain path."""
+    assert is_plain(SamplingParams(temperature=0.7, max_tokens=9))
+    assert is_plain(SamplingParams(temperature=0, top_k=3, max_tokens=9)), "a greedy request cuts nothing off"
+    assert not is_plain(SamplingParams(**{"temperature": 0.7, "max_tokens": 9, **field}))
 
 
 # Alone or in a batch
