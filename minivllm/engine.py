@@ -57,6 +57,7 @@ class LLMEngine:
         self.output_processor = OutputProcessor(self.tokenizer)
         self.trace = TraceRecorder(self.scheduler, self.config.trace)
         self.launched: deque[tuple[SchedulerOutput, LaunchedStep]] = deque()  # steps in flight, oldest first
+        self.observer: Callable[[list[Request], int], None] | None = None  # the server's metrics, see `_observe`
         self.num_arrivals = 0
         self.is_closed = False
 
@@ -107,6 +108,7 @@ class LLMEngine:
                 ended += [child.request for child in state.children if not child.request.is_finished]
         self.scheduler.finish_requests([request.request_id for request in ended], RequestStatus.FINISHED_ABORTED)
         self._drop_unawaited_steps()
+        self._observe(ended, 0)
         return self.output_processor.collect(ended)
 
     def step(self, *, ahead: bool = True) -> list[RequestOutput]:
@@ -128,6 +130,7 @@ class LLMEngine:
         self.scheduler.finish_requests(stopped, RequestStatus.FINISHED_STOPPED)
         self._drop_unawaited_steps()
         self.trace.record(scheduler_output, requests)
+        self._observe(requests, scheduler_output.total_num_scheduled_tokens)
         return self.output_processor.collect(requests)
 
     def _launch(self, planned: SchedulerOutput) -> None:
@@ -155,6 +158,11 @@ class LLMEngine:
         while self.launched and not self.has_unfinished_requests():
             scheduler_output, _ = self.launched.popleft()
             self.scheduler.update_from_output(scheduler_output, ModelOutput())
+
+    def _observe(self, requests: list[Request], num_tokens: int) -> None:
+        """Show who got a token in a step of `num_tokens` positions (0: none was made) or has ended, before any reader knows."""
+        if self.observer is not None:
+            self.observer(requests, num_tokens)
 
     def has_unfinished_requests(self) -> bool:
         return self.scheduler.has_unfinished_requests()

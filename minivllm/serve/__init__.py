@@ -5,6 +5,7 @@ app, auth              routes; who may call them
 protocol, fields       what a body may hold; what each further field means here
 prompts, sampling      from a body to token ids and `SamplingParams`
 service                one engine, its names, the way in
+metrics                what has happened, as numbers for Prometheus and as a line in the log
 streams, answers       many outputs into one answer, whole or as events
 completions, chat      the two shapes of an answer
 logprobs, errors       the parts that both share

@@ -9,10 +9,11 @@ stream too. The order is vLLM's.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from typing import Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import Response
 
 from minivllm.serve.answers import Answer
@@ -35,7 +36,8 @@ def create_app(service: Service) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        yield
+        async with service.metrics.log_line() if service.options.log_stats else nullcontext():
+            yield
         service.close()
 
     app = FastAPI(title="minivllm", version=__version__, lifespan=lifespan)
@@ -78,6 +80,12 @@ async def health(request: Request) -> Response:
 @router.get("/version")
 async def version() -> Response:
     return json_response({"version": __version__})
+
+
+@router.get("/metrics")
+async def metrics(request: Request) -> Response:
+    """For Prometheus, and without a key, as for any monitor."""
+    return Response(get_service(request).metrics.render(), media_type=CONTENT_TYPE_LATEST)
 
 
 @router.get("/v1/models")

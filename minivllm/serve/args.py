@@ -10,6 +10,7 @@ import argparse
 import ipaddress
 import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -96,6 +97,9 @@ def _add_server_flags(group: Any) -> None:
     group.add_argument("--api-key", nargs="+", metavar="KEY", action="extend",
                        help="keys that requests must carry, one of them (default: MINIVLLM_API_KEY, VLLM_API_KEY, or none)")
     group.add_argument("--ignore-unknown-fields", action="store_true", help="log unknown body fields instead of refusing them")
+    group.add_argument("--metrics-prefix", default="minivllm", metavar="PREFIX",
+                       help="of the names at /metrics; vllm gives vLLM's own (default: %(default)s)")
+    group.add_argument("--disable-log-stats", action="store_true", help="no line about throughput and load every 10 seconds")
     group.add_argument("--shutdown-timeout", type=float, default=0.0, metavar="SECONDS",
                        help="how long requests in flight may go on after Ctrl-C or SIGTERM (default: %(default)s)")
     group.add_argument("--uvicorn-log-level", choices=LOG_LEVELS, default="info", help="(default: %(default)s)")
@@ -165,9 +169,17 @@ def _to_serve_args(values: dict[str, Any]) -> ServeArgs:
         raise ValidationError(f"must be a number of seconds, 0 or more, got {timeout}", parameter="shutdown_timeout")
     names = tuple(values.pop("served_model_name", None) or [model or EMBEDDED_NAME])
     keys = _api_keys(values.pop("api_key", None))
-    server = ServerOptions(names, model or EMBEDDED_NAME, keys, values.pop("ignore_unknown_fields"))
+    server = ServerOptions(names, model or EMBEDDED_NAME, keys, values.pop("ignore_unknown_fields"),
+                           metrics_prefix=_metrics_prefix(values.pop("metrics_prefix")),
+                           log_stats=not values.pop("disable_log_stats"))
     log_level = values.pop("uvicorn_log_level")
     return ServeArgs(engine_config_from_kwargs(model=model, **values), server, host, port, log_level, timeout)
+
+
+def _metrics_prefix(prefix: str) -> str:
+    if not re.fullmatch("[a-zA-Z_][a-zA-Z0-9_]*", prefix):
+        raise ValidationError(f"must be letters, digits and underscores, got {prefix!r}", parameter="metrics_prefix")
+    return prefix
 
 
 def _api_keys(given: list[str] | None) -> tuple[str, ...]:

@@ -18,6 +18,7 @@ from minivllm.request import RequestOutput
 from minivllm.sampling_params import MAX_N, SamplingParams
 from minivllm.serve.errors import ApiError
 from minivllm.serve.logprobs import TokenNames
+from minivllm.serve.metrics import EngineMetrics
 from minivllm.serve.prompts import Prompt, PromptReader
 from minivllm.version import __version__
 
@@ -51,6 +52,8 @@ class ServerOptions:
     model_root: str = "minivllm-tiny"
     api_keys: tuple[str, ...] = ()
     ignore_unknown_fields: bool = False
+    metrics_prefix: str = "minivllm"
+    log_stats: bool = True
 
 
 class Service:
@@ -68,6 +71,7 @@ class Service:
         self.reader = PromptReader(core.tokenizer, core.chat_template, self.max_model_len, core.model_config.vocab_size)
         # Equal fingerprints mean equal settings: a seeded request repeats only under the same one.
         self.fingerprint = f"minivllm-{__version__}-{hashlib.sha256(repr(core.config).encode()).hexdigest()[:8]}"
+        self.metrics = EngineMetrics(core, self.model_name, options.metrics_prefix)
         self._numbers = itertools.count()
         self.is_draining = False
         self.stopping = asyncio.Event()
