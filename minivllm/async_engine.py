@@ -117,8 +117,11 @@ class AsyncEngine:
     # On the event loop ------------------------------------------------------------------------------------------------------
 
     async def add_request(self, prompt: Any, params: SamplingParams, request_id: str, *,
-                          cache_salt: str | None = None) -> RequestStream:
+                          cache_salt: str | None = None,
+                          before: Callable[[LLMEngine], None] | None = None) -> RequestStream:
         """Tokenise, check and queue one request; returns the stream of its outputs.
+
+        `before(engine)` runs on the engine's thread right before the request is queued, and refuses it by raising.
 
         Raises `ValidationError` before anything is streamed, and `EngineDeadError` when the engine has ended.
         """
@@ -128,7 +131,7 @@ class AsyncEngine:
             raise ValidationError(f"request id {request_id!r} is in use", parameter="request_id", value=request_id)
         stream = self._streams[request_id] = RequestStream(request_id, self._abandon)
         try:
-            await self.call(lambda engine: engine.add_processed(processed))
+            await self.call(functools.partial(self._enter, processed, before))
         except BaseException:  # refused, or the caller left while its request was on the way in
             stream.close()
             raise
@@ -219,6 +222,12 @@ class AsyncEngine:
             logger.exception("the engine has failed; all its requests end with an error")
             self.dead_error = error
         self._end()
+
+    @staticmethod
+    def _enter(processed: ProcessedInput, before: Callable[[LLMEngine], None] | None, engine: LLMEngine) -> None:
+        if before is not None:
+            before(engine)
+        engine.add_processed(processed)
 
     def _may_step(self) -> bool:
         held = self._is_paused and not self._single_steps

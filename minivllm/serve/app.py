@@ -1,6 +1,6 @@
 """The routes, and the order of checks that decides which error wins.
 
-    key -> content type -> JSON and types -> fields -> model -> room -> prompt -> sampling -> engine
+    key -> size -> content type -> JSON and types -> fields -> model -> room -> prompt -> sampling -> engine
 
 Everything up to the engine's admission happens before an answer begins, so whatever the user got wrong is an HTTP error, for a
 stream too. The order is vLLM's.
@@ -21,6 +21,7 @@ from minivllm.serve.auth import ApiKeyMiddleware
 from minivllm.serve.chat import ChatAnswer
 from minivllm.serve.completions import CompletionAnswer
 from minivllm.serve.errors import ApiError, install_error_handlers, json_response
+from minivllm.serve.limits import BodyLimitMiddleware
 from minivllm.serve.protocol import Body, ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from minivllm.serve.sampling import chat_params, completion_params
 from minivllm.serve.service import Service
@@ -43,7 +44,8 @@ def create_app(service: Service) -> FastAPI:
     app = FastAPI(title="minivllm", version=__version__, lifespan=lifespan)
     app.state.service = service
     install_error_handlers(app)
-    if service.options.api_keys:
+    app.add_middleware(BodyLimitMiddleware, max_bytes=service.options.max_request_body_bytes)
+    if service.options.api_keys:  # added last, so asked first
         app.add_middleware(ApiKeyMiddleware, keys=service.options.api_keys)
     app.include_router(router)
     return app
@@ -124,6 +126,7 @@ async def chat_completions(body: ChatBody, request: Request) -> Response:
 async def respond(request: Request, start: Callable[[], Coroutine[Any, Any, Answer]], *, stream: bool) -> Response:
     """Admit, then answer; given up as soon as the client hangs up, which aborts the engine's requests."""
     service = get_service(request)
+    service.check_queue()
 
     async def whole() -> dict[str, Any]:
         answer = await start()

@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 from minivllm.config import ATTENTION_BACKENDS, DTYPES, LOAD_FORMATS, EngineConfig
 from minivllm.engine_args import NEUTRAL, WITHOUT_EFFECT, engine_config_from_kwargs, nearest_name
 from minivllm.exceptions import ValidationError
+from minivllm.serve.limits import DEFAULT_BODY_BYTES
 from minivllm.serve.service import ServerOptions
 
 EMBEDDED_NAME = "minivllm-tiny"
@@ -100,6 +101,10 @@ def _add_server_flags(group: Any) -> None:
     group.add_argument("--metrics-prefix", default="minivllm", metavar="PREFIX",
                        help="of the names at /metrics; vllm gives vLLM's own (default: %(default)s)")
     group.add_argument("--disable-log-stats", action="store_true", help="no line about throughput and load every 10 seconds")
+    group.add_argument("--max-num-queued-reqs", type=int, metavar="N",
+                       help="most requests that run and wait together; more are answered 503 (default: no limit)")
+    group.add_argument("--max-request-body-bytes", type=int, default=DEFAULT_BODY_BYTES, metavar="BYTES",
+                       help="largest body; a larger one is answered 413 (default: %(default)s)")
     group.add_argument("--shutdown-timeout", type=float, default=0.0, metavar="SECONDS",
                        help="how long requests in flight may go on after Ctrl-C or SIGTERM (default: %(default)s)")
     group.add_argument("--uvicorn-log-level", choices=LOG_LEVELS, default="info", help="(default: %(default)s)")
@@ -169,9 +174,14 @@ def _to_serve_args(values: dict[str, Any]) -> ServeArgs:
         raise ValidationError(f"must be a number of seconds, 0 or more, got {timeout}", parameter="shutdown_timeout")
     names = tuple(values.pop("served_model_name", None) or [model or EMBEDDED_NAME])
     keys = _api_keys(values.pop("api_key", None))
+    max_queued, max_bytes = values.pop("max_num_queued_reqs", None), values.pop("max_request_body_bytes")
+    for name, value, least in (("max_num_queued_reqs", max_queued, 1), ("max_request_body_bytes", max_bytes, 1)):
+        if value is not None and value < least:
+            raise ValidationError(f"must be {least} or more, got {value}", parameter=name)
     server = ServerOptions(names, model or EMBEDDED_NAME, keys, values.pop("ignore_unknown_fields"),
                            metrics_prefix=_metrics_prefix(values.pop("metrics_prefix")),
-                           log_stats=not values.pop("disable_log_stats"))
+                           log_stats=not values.pop("disable_log_stats"), max_num_queued_reqs=max_queued,
+                           max_request_body_bytes=max_bytes)
     log_level = values.pop("uvicorn_log_level")
     return ServeArgs(engine_config_from_kwargs(model=model, **values), server, host, port, log_level, timeout)
 

@@ -27,6 +27,7 @@ logger = logging.getLogger("minivllm.serve")
 ERROR_TYPES = {
     400: "BadRequestError",
     404: "NotFoundError",
+    413: "ContentTooLargeError",
     500: "InternalServerError",
     501: "NotImplementedError",
     503: "ServiceUnavailableError",
@@ -38,12 +39,14 @@ MAX_SHOWN_INPUT = 200
 class ApiError(Exception):
     """An answer that is an error. `param` names the field at fault."""
 
-    def __init__(self, message: str, *, status: int = 400, param: str | None = None, kind: str | None = None) -> None:
+    def __init__(self, message: str, *, status: int = 400, param: str | None = None, kind: str | None = None,
+                 headers: dict[str, str] | None = None) -> None:
         super().__init__(message)
         self.message = message
         self.status = status
         self.param = param
         self.kind = kind or ERROR_TYPES[status]
+        self.headers = headers
 
     def body(self) -> dict[str, Any]:
         return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.status}}
@@ -88,13 +91,13 @@ def to_json(content: Any) -> bytes:
     return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
 
 
-def json_response(content: Any, status: int = 200) -> Response:
-    return Response(to_json(content), status_code=status, media_type="application/json")
+def json_response(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(to_json(content), status_code=status, headers=headers, media_type="application/json")
 
 
 def error_response(error: BaseException) -> Response:
     answer = to_api_error(error)
-    return json_response(answer.body(), answer.status)
+    return json_response(answer.body(), answer.status, answer.headers)
 
 
 def install_error_handlers(app: FastAPI) -> None:
@@ -111,6 +114,8 @@ def install_error_handlers(app: FastAPI) -> None:
         assert isinstance(error, HTTPException), "registered for this class only"
         if error.status_code == 400:  # FastAPI gave up on a body: it is no UTF-8, or nested too deeply
             return error_response(ApiError(str(error.detail), param="body", kind=HTTPStatus.BAD_REQUEST.phrase))
+        if error.status_code == 413:  # found while the body was read
+            return error_response(ApiError(str(error.detail), status=413, param="body"))
         return await http_exception_handler(request, error)  # unknown paths and methods keep {"detail": ...}
 
     for kind in (ApiError, ValidationError, NotImplementedError, EngineDeadError, Exception):

@@ -8,6 +8,7 @@ and SIGTERM both mean that, and exit with 0.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import logging
 import os
@@ -106,7 +107,8 @@ def _raise_file_limit() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = WANTED_FILES if hard == resource.RLIM_INFINITY else min(WANTED_FILES, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        with contextlib.suppress(OSError, ValueError):  # macOS names no hard limit and has one; the server serves without
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def banner(args: ServeArgs, port: int) -> str:

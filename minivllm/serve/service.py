@@ -7,16 +7,19 @@ Owns what every route needs: the tokenizer's faces, the answer to "which model?"
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import itertools
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from minivllm.exceptions import EngineDeadError
 from minivllm.request import RequestOutput
 from minivllm.sampling_params import MAX_N, SamplingParams
 from minivllm.serve.errors import ApiError
+from minivllm.serve.limits import DEFAULT_BODY_BYTES, Entry, QueueLimit
 from minivllm.serve.logprobs import TokenNames
 from minivllm.serve.metrics import EngineMetrics
 from minivllm.serve.prompts import Prompt, PromptReader
@@ -41,7 +44,9 @@ class Engine(Protocol):
     def errored(self) -> bool: ...
 
     async def add_request(self, prompt: Any, params: SamplingParams, request_id: str, *,
-                          cache_salt: str | None = None) -> Stream: ...
+                          cache_salt: str | None = None, before: Callable[[Any], None] | None = None) -> Stream: ...
+
+    async def call(self, function: Callable[[Any], Any]) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,8 @@ class ServerOptions:
     ignore_unknown_fields: bool = False
     metrics_prefix: str = "minivllm"
     log_stats: bool = True
+    max_num_queued_reqs: int | None = None
+    max_request_body_bytes: int = DEFAULT_BODY_BYTES
 
 
 class Service:
@@ -73,6 +80,8 @@ class Service:
         self.fingerprint = f"minivllm-{__version__}-{hashlib.sha256(repr(core.config).encode()).hexdigest()[:8]}"
         self.metrics = EngineMetrics(core, self.model_name, options.metrics_prefix)
         self._numbers = itertools.count()
+        limit = options.max_num_queued_reqs
+        self.queue = None if limit is None else QueueLimit(limit)
         self.is_draining = False
         self.stopping = asyncio.Event()
 
@@ -91,15 +100,22 @@ class Service:
         if self.is_draining:
             raise ApiError("The server is shutting down.", status=503)
 
+    def check_queue(self) -> None:
+        """Refuse before anything is tokenised what will surely be refused. A look from outside; the engine's thread decides."""
+        if self.queue is not None:
+            self.queue.check(self.engine.engine)
+
     async def admit(self, prompts: Sequence[Prompt], params: SamplingParams, response_id: str,
                     cache_salt: str | None) -> list[Stream]:
         """Queue one request per prompt, all or none. Raises `ApiError`, `ValidationError` or `EngineDeadError`."""
         if len(prompts) * params.n > MAX_N:
             raise ApiError(f"{len(prompts)} prompts x n={params.n} is more than {MAX_N} answers: split the request", param="n")
         # Numbered, because two clients may send the same X-Request-Id and the engine's ids must differ.
+        entry = None if self.queue is None else Entry(self.queue, len(prompts), params.n)
+        limited: dict[str, Any] = {} if entry is None else {"before": entry.enter}
         entering = [
             asyncio.ensure_future(self.engine.add_request(prompt.token_ids, params, f"{response_id}-{next(self._numbers)}",
-                                                          cache_salt=cache_salt))
+                                                          cache_salt=cache_salt, **limited))
             for prompt in prompts
         ]
         try:
@@ -110,6 +126,9 @@ class Service:
             for admitted in await asyncio.gather(*entering, return_exceptions=True):
                 if not isinstance(admitted, BaseException):
                     admitted.close()
+            if entry is not None:
+                with contextlib.suppress(EngineDeadError):
+                    await self.engine.call(entry.leave)
             raise
 
     def close(self) -> None:
