@@ -28,15 +28,13 @@ from minivllm.flex_attention import FlexMetadata, FlexPagedAttention, cut_into_t
 from minivllm.input_batch import InputBatch, RowTensors, StepInputs, upload
 from minivllm.logprobs import WHOLE_VOCABULARY, compute_logprobs, prompt_logprobs
 from minivllm.model import Qwen2ForCausalLM
-from minivllm.prompt_graphs import PromptGraphs
+from minivllm.prompt_graphs import PromptGraphs, token_buckets
 from minivllm.sampler import sample
 from minivllm.sampling_metadata import RowParams, SamplingMetadata, encode_bad_words
 from minivllm.scheduler_output import SchedulerOutput
 from minivllm.standing_attention import StandingAttention
 
 ATTENTION = {"paged_gather": PagedAttention, "standing": StandingAttention, "flex_attention": FlexPagedAttention}
-# A step of fewer flops takes the GPU less time than it takes the host to launch its kernels one by one: some 10 ms.
-HOST_BOUND_FLOPS = 2_000_000_000_000
 
 
 class ModelRunner:
@@ -89,9 +87,8 @@ class ModelRunner:
             for cache in self.kv_caches:
                 torch._dynamo.mark_static(cache.kv_cache)
             self.forward_model = CompiledModel(self.model)
-        num_parameters = sum(parameter.numel() for parameter in self.model.parameters())
-        most_tokens = min(self.config.max_num_batched_tokens or 0, HOST_BOUND_FLOPS // num_parameters)
-        self.prompt_graphs = PromptGraphs(self.forward_model, self.kv_caches, self.rows, most_tokens, use_graphs=on_gpu)
+        buckets = token_buckets(self.config.max_num_batched_tokens or 0, sum(weight.numel() for weight in self.model.parameters()))
+        self.prompt_graphs = PromptGraphs(self.forward_model, self.kv_caches, self.rows, buckets, use_graphs=on_gpu)
         self.graphs = DecodeGraphs(self.model, self.forward_model, self.kv_caches, self.rows, self.config.max_num_seqs,
                                    use_graphs=on_gpu, use_compile=on_gpu)
         if on_gpu:

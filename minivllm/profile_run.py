@@ -21,8 +21,7 @@ from torch import Tensor
 from minivllm.config import EngineConfig
 from minivllm.cuda_graphs import bucket_sizes
 from minivllm.model import Qwen2ForCausalLM
-from minivllm.model_runner import HOST_BOUND_FLOPS
-from minivllm.prompt_graphs import TOKEN_BUCKETS
+from minivllm.prompt_graphs import token_buckets
 from minivllm.sampler import sample
 from minivllm.sampling_metadata import RowParams, SamplingMetadata
 from minivllm.sampling_params import SamplingParams
@@ -114,8 +113,7 @@ def measure_memory(model: Qwen2ForCausalLM, config: EngineConfig, backend: str, 
     num_seqs, graphs = config.max_num_seqs, 0
     step = peak_bytes(model, budget, num_seqs, max_model_len, device) + 4 * (num_seqs + 1) * max_model_len
     if backend == "flex_attention" and not config.enforce_eager:
-        most_tokens = min(budget, HOST_BOUND_FLOPS // sum(parameter.numel() for parameter in parameters))
-        buckets = [size for size in TOKEN_BUCKETS if size <= most_tokens]
+        buckets = token_buckets(budget, sum(parameter.numel() for parameter in parameters))
         graphs = graph_output_bytes(num_seqs, buckets, shape.vocab_size, shape.hidden_size, parameters[0].itemsize)
         graphs += sum(peak_bytes(model, size, 0, max_model_len, device) for size in (num_seqs, *buckets[-1:]))
     weights = sum(parameter.numel() * parameter.itemsize for parameter in parameters)

@@ -25,18 +25,26 @@ from minivllm.input_batch import RowTensors, StepInputs, upload
 
 TOKEN_BUCKETS = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 MOST_REQUESTS = 32  # each may need one tile more than its tokens fill
+# A step of fewer flops takes the GPU less time than it takes the host to launch its kernels one by one: some 10 ms.
+HOST_BOUND_FLOPS = 2_000_000_000_000
+
+
+def token_buckets(budget: int, num_parameters: int) -> list[int]:
+    """Numbers of tokens to capture: within the budget of a step, and so few that the host would be the bottleneck."""
+    most = min(budget, HOST_BOUND_FLOPS // num_parameters)
+    return [size for size in TOKEN_BUCKETS if size <= most]
 
 
 class PromptGraphs:
     """Captured steps with prompts. What `run` returns stays valid until the next run."""
 
     def __init__(self, forward: Callable[..., Tensor], kv_caches: Sequence[PagedAttention], rows: RowTensors,
-                 most_tokens: int, *, use_graphs: bool = True) -> None:
+                 buckets: list[int], *, use_graphs: bool = True) -> None:
         self.forward = forward
         self.kv_caches = kv_caches
         self.rows = rows
         self.use_graphs = use_graphs
-        self.buckets = [size for size in TOKEN_BUCKETS if size <= most_tokens]
+        self.buckets = buckets
         self.inputs = {size: torch.from_numpy(self.pack(size)).to(rows.device) for size in self.buckets}
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self.results: dict[int, Tensor] = {}

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_engine import greedy, model_and_folder
 
-from minivllm import LLM, compile_cache, profile_run, startup
+from minivllm import LLM, compile_cache, profile_run, prompt_graphs, startup
 from minivllm.compile_cache import VARIABLE, CompileCache, writable_folder
 from minivllm.config import EngineConfig, ModelConfig
 from minivllm.cuda_graphs import bucket_sizes
@@ -80,7 +80,7 @@ def test_the_report_s_sum_adds_up_as_printed():
 def test_results_of_graphs_are_counted_as_documented():
     """Qwen2.5-0.5B with 256 requests: the docstring's 372 MB."""
     assert sum(bucket_sizes(256)) == 1183
-    buckets = list(profile_run.TOKEN_BUCKETS)
+    buckets = list(prompt_graphs.TOKEN_BUCKETS)
     assert graph_output_bytes(256, buckets, 151_936, 896, 2) == (1183 * 151_936 + 7040 * 896) * 2 == 372_096_256
 
 
