@@ -53,11 +53,6 @@ class AttentionMetadata:
         assert all(1 <= query <= seq for query, seq in pairs), f"each request needs 1 <= query tokens <= context, got {pairs}"
         assert all(query == 1 for query, _ in pairs[: self.num_decodes]), "a decode has exactly one query token"
 
-    @property
-    def max_seq_len(self) -> int:
-        """The longest context of the step."""
-        return max(self.host_seq_lens)
-
     @classmethod
     def build(
         cls, query_lens: list[int], seq_lens: list[int], block_tables: list[list[int]], block_size: int,

@@ -54,10 +54,6 @@ class Workload:
     def num_output_tokens(self) -> int:
         return sum(request.max_tokens for request in self.requests)
 
-    @property
-    def is_uniform(self) -> bool:
-        return len({(len(request.prompt_token_ids), request.max_tokens) for request in self.requests}) == 1
-
 
 @dataclass(frozen=True)
 class Source:
