@@ -8,7 +8,8 @@ takes a few, once, because the weights are its inputs.
     opening                 between                                         between           closing
     embed, norm, qkv, KV -> attention -> o, MLP | norm, qkv, KV -> attention -> ... -> o, MLP, norm
 
-The plain `Qwen2ForCausalLM.forward` computes the same, one operation after the other.
+The plain `Qwen2ForCausalLM.forward` computes the same, one operation after the other. A step of one token has layers written for
+it (`one_token.py`), and one of up to 256 its own way through two of the matrices (`split_linear.py`).
 """
 
 from __future__ import annotations
@@ -19,32 +20,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minivllm import one_token
 from minivllm.attention import PagedAttention
 from minivllm.model import DecoderLayer, Qwen2ForCausalLM, Qwen2Model
+from minivllm.split_linear import split_linears
 
 COMPILED_SHAPES = 64  # torch.compile gives a function up after 8 shapes unless told otherwise
 
 
-def opening(model: Qwen2Model, input_ids: Tensor, positions: Tensor, cache: PagedAttention,
-            slot_mapping: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def opening(model: Qwen2Model, input_ids: Tensor, positions: Tensor, cache: PagedAttention, slot_mapping: Tensor,
+            before: Callable[..., Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x (T, E), cos and sin (T, D), and the first layer's queries (T, H, D)."""
     x = model.embed_tokens(input_ids)
     cos, sin = model.rotary_emb(positions, x.dtype)
-    first: DecoderLayer = model.layers[0]  # type: ignore[assignment]
-    return x, cos, sin, first.before_attention(x, cos, sin, cache, slot_mapping)
+    return x, cos, sin, before(model.layers[0], x, cos, sin, cache, slot_mapping)
 
 
 def between(layer: DecoderLayer, following: DecoderLayer, x: Tensor, seen: Tensor, cos: Tensor, sin: Tensor,
-            cache: PagedAttention, slot_mapping: Tensor) -> tuple[Tensor, Tensor]:
+            cache: PagedAttention, slot_mapping: Tensor, before: Callable[..., Tensor],
+            after: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
     """From what one layer has seen to what the following one asks: x (T, E) and queries (T, H, D)."""
-    x = after_attention(layer, x, seen)
-    return x, following.before_attention(x, cos, sin, cache, slot_mapping)
+    x = after(layer, x, seen)
+    return x, before(following, x, cos, sin, cache, slot_mapping)
 
 
-def closing(model: Qwen2Model, x: Tensor, seen: Tensor) -> Tensor:
+def closing(model: Qwen2Model, x: Tensor, seen: Tensor, after: Callable[..., Tensor]) -> Tensor:
     """From what the last layer has seen to hidden states (T, E)."""
-    last: DecoderLayer = model.layers[-1]  # type: ignore[assignment]
-    return model.norm(after_attention(last, x, seen))
+    return model.norm(after(model.layers[-1], x, seen))
 
 
 def after_attention(layer: DecoderLayer, x: Tensor, seen: Tensor) -> Tensor:
@@ -54,9 +56,11 @@ def after_attention(layer: DecoderLayer, x: Tensor, seen: Tensor) -> Tensor:
     return layer.after_attention(x[None], seen)[0]
 
 
-# What one token costs is the reading of the weights, and generated code for that is faster than the library's matrix product:
-# coordinate descent finds its tiles. The second switch keeps silu(gate) * up from being computed anew for every row of `down`.
-ONE_TOKEN: dict[str, Any] = {"coordinate_descent_tuning": True, "realize_acc_reads_threshold": 1}
+# Generated code is the faster matrix product for one token: coordinate descent finds its tiles. The second switch keeps
+# silu(gate) * up from being computed anew for every row of `down`. With the third a kernel starts while the one before it ends, and
+# waits only where it reads what that one wrote (Programmatic Dependent Launch).
+ONE_TOKEN: dict[str, Any] = {"coordinate_descent_tuning": True, "realize_acc_reads_threshold": 1, "triton.enable_pdl": True}
+
 
 class OneAndMany:
     """A function compiled twice, for one token and for any other number of them: torch.compile would part the two anyway."""
@@ -70,18 +74,23 @@ class OneAndMany:
 
 
 class CompiledModel:
-    """`Qwen2ForCausalLM.forward` in regions, for any number of tokens."""
+    """`Qwen2ForCausalLM.forward` in regions, for any number of tokens. Changes how the model's layers compute their projections."""
 
     def __init__(self, model: Qwen2ForCausalLM) -> None:
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, COMPILED_SHAPES)
         self.model = model.model
+        for layer in self.model.layers:
+            split_linears(layer)  # type: ignore[arg-type]
         self.opening, self.between, self.closing = OneAndMany(opening), OneAndMany(between), OneAndMany(closing)
 
     def __call__(self, input_ids: Tensor, positions: Tensor, kv_caches: Sequence[PagedAttention], metadata: Any) -> Tensor:
         """Ids and positions (T,) to hidden states (T, E), after the final norm."""
         num_tokens, layers, slots = len(input_ids), self.model.layers, metadata.slot_mapping
-        x, cos, sin, q = self.opening(num_tokens, self.model, input_ids, positions, kv_caches[0], slots)
+        before: Callable[..., Tensor] = one_token.before_attention if num_tokens == 1 else DecoderLayer.before_attention
+        after = one_token.after_attention if num_tokens == 1 else after_attention
+        x, cos, sin, q = self.opening(num_tokens, self.model, input_ids, positions, kv_caches[0], slots, before)
         for index in range(len(layers) - 1):
             seen = kv_caches[index].attend(q, metadata)
-            x, q = self.between(num_tokens, layers[index], layers[index + 1], x, seen, cos, sin, kv_caches[index + 1], slots)
-        return self.closing(num_tokens, self.model, x, kv_caches[-1].attend(q, metadata))
+            x, q = self.between(num_tokens, layers[index], layers[index + 1], x, seen, cos, sin, kv_caches[index + 1], slots,
+                                before, after)
+        return self.closing(num_tokens, self.model, x, kv_caches[-1].attend(q, metadata), after)

@@ -32,6 +32,7 @@ from minivllm.prompt_graphs import PromptGraphs, token_buckets
 from minivllm.sampler import sample
 from minivllm.sampling_metadata import RowParams, SamplingMetadata, encode_bad_words
 from minivllm.scheduler_output import SchedulerOutput
+from minivllm.split_linear import MOST_TOKENS
 from minivllm.standing_attention import StandingAttention
 
 ATTENTION = {"paged_gather": PagedAttention, "standing": StandingAttention, "flex_attention": FlexPagedAttention}
@@ -93,24 +94,24 @@ class ModelRunner:
                                    use_graphs=on_gpu, use_compile=on_gpu)
         if on_gpu:
             seconds = self.graphs.capture()
-            for num_tokens in (2, min(300, self.rows.token_ids.shape[1])):
+            for num_tokens in (2, MOST_TOKENS + 2):  # what is compiled for few tokens, and for many
                 inputs = self.padding_inputs(num_tokens)
                 self.forward_ungraphed(inputs, *self.upload(inputs.rows, inputs.seq_lens))
             return seconds + self.prompt_graphs.capture()
         return 0.0
 
     def padding_inputs(self, num_tokens: int) -> StepInputs:
-        """A prompt and a decode that belong to nobody: they write into the null block."""
-        row = self.rows.padding_row
-        query_lens = np.array([1, num_tokens])
-        return StepInputs(np.array([row, row]), query_lens, query_lens, np.full(num_tokens + 1, row),
-                          np.concatenate(([0], np.arange(num_tokens))), 1, np.array([False, False]))
+        """A decode and prompts of two tokens that belong to nobody: they write into the null block."""
+        query_lens = np.array([1] + [2] * (num_tokens // 2))
+        rows = np.full(len(query_lens), self.rows.padding_row)
+        positions = np.concatenate(([0], np.tile([0, 1], num_tokens // 2)))
+        return StepInputs(rows, query_lens, query_lens, rows.repeat(query_lens), positions, 1, np.zeros(len(rows), dtype=bool))
 
     def run_graph(self, inputs: StepInputs, graphs: DecodeGraphs) -> AsyncOutput:
         """A step in which every request gets its next token. What the graph does not know of sampling is done after it."""
         logits, token_ids = graphs.run(inputs.rows)
         if self.batch.wants_more_than_temperature:
-            token_ids = self.sample_into_rows(logits, inputs.rows, graphs.index[: len(inputs.rows)])
+            token_ids = self.sample_by_all_parameters(logits, inputs.rows, graphs.index[: len(inputs.rows)])
         return self.launched(inputs.rows, logits, token_ids, {})
 
     def update_rows(self, output: SchedulerOutput) -> None:
@@ -180,9 +181,9 @@ class ModelRunner:
         logits = self.model.compute_logits(hidden[last])  # (R, V)
         if self.graphs is not None and not self.batch.wants_more_than_temperature:
             return self.launched(rows, logits, self.graphs.sample(logits, index), prompt_logprobs)
-        return self.launched(rows, logits, self.sample_into_rows(logits, rows, index), prompt_logprobs)
+        return self.launched(rows, logits, self.sample_by_all_parameters(logits, rows, index), prompt_logprobs)
 
-    def sample_into_rows(self, logits: Tensor, rows: np.ndarray, index: Tensor) -> Tensor:
+    def sample_by_all_parameters(self, logits: Tensor, rows: np.ndarray, index: Tensor) -> Tensor:
         """A token (R,) for each of the logits (R, V), by all that their requests ask for; it becomes its row's newest."""
         metadata = self.sampling_metadata(rows, index)
         token_ids = sample(logits, metadata)

@@ -15,6 +15,8 @@ from minivllm.bench.command import main
     ("triton_red_fused__unsafe_view_add_mm_mul_silu_split_t_4", "matrix products"),
     ("triton_tem_fused_flex_attention_0", "attention"),
     ("triton_per_fused__to_copy_add_mean_mul_pow_rsqrt_1", "norms, residual additions"),
+    ("triton_red_fused__to_copy_add_div_mul_rsqrt_silu_sum_2", "matrix products"),  # of one token, with norm and SiLU inside
+    ("triton_red_fused__to_copy_bmm_permute_transpose_unsqueeze_view_2", "matrix products"),
     ("triton_poi_fused_mul_silu_split_1", "SiLU times up"),
     ("triton_poi_fused_add_cat_index_copy_mul_neg_split_2", "rotation, KV write"),
     ("triton_red_fused___rshift____to_copy_add_amax_arange_bitwise_and_3", "sampling"),

@@ -18,7 +18,8 @@ TORCH_FREE = ["block_pool", "kv_cache", "request", "sampling_params", "scheduler
 MAX_MODULE_LINES, MAX_FUNCTION_LINES = 300, 30
 COURSE = ("learn", "exercises", "viz", "trace", "compare", "cost", "generate", "dense_cache", "slot_batching")
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-FAST_RUNGS = ("flex_attention", "compiled_model", "cuda_graphs", "prompt_graphs", "profile_run", "compile_cache",  # on a GPU
+FAST_RUNGS = ("flex_attention", "compiled_model", "cuda_graphs", "prompt_graphs", "profile_run", "compile_cache",
+              "one_token", "split_linear",  # on a GPU, as those before
               "packed_linear", "standing_attention", "threads")  # on a CPU
 NOT_ENGINE = ("serve", "bench", "tiny", "cli", *COURSE)
 
@@ -83,7 +84,7 @@ def count_code_lines(path: Path) -> int:
 
 
 def test_the_engine_can_be_read_in_an_afternoon():
-    """The engine is at most 3,350 lines of code and its fast rungs 500 more, which can be left out, and a half more of prose;
+    """The engine is at most 3,350 lines of code and its fast rungs 575 more, which can be left out, and a half more of prose;
     server, bench, training program and course come on top.
     """
     engine = [path for path in MODULES if path.relative_to(PACKAGE).parts[0].removesuffix(".py") not in NOT_ENGINE]
@@ -91,5 +92,5 @@ def test_the_engine_can_be_read_in_an_afternoon():
     rung = sum(code.pop(name) for name in FAST_RUNGS)
     lines = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in engine)
     assert sum(code.values()) <= 3350, f"the engine has {sum(code.values())} lines of code in {len(code)} modules"
-    assert rung <= 500, f"its fast rungs have {rung}"
+    assert rung <= 575, f"its fast rungs have {rung}"
     assert lines <= 1.6 * (sum(code.values()) + rung), f"{lines} lines for {sum(code.values()) + rung} lines of code"

@@ -35,7 +35,8 @@ from minivllm.sampling_params import SamplingParams
 GROUPS = (
     ("attention", ("flex_attention",)),
     ("sampling", ("argmax", "rshift", "bitwise")),
-    ("matrix products", ("nvjet", "gemm", "gemv", "cublas", "cutlass", "_mm_", "splitk")),
+    # A sum is a product with one row, whatever else is in it (`one_token.py`).
+    ("matrix products", ("nvjet", "gemm", "gemv", "cublas", "cutlass", "_mm_", "splitk", "_sum", "_expand_", "bmm")),
     ("norms, residual additions", ("rsqrt",)),
     ("SiLU times up", ("silu",)),
     ("rotation, KV write", ("cat", "index_copy")),
