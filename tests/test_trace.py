@@ -7,7 +7,7 @@ import json
 import pytest
 from test_engine import greedy, make_llm, prompts_of
 
-from minivllm.trace import KEYFRAME_EVERY, read_trace, replay
+from minivllm.trace import KEYFRAME_EVERY, read_trace, replay, to_ranges
 
 
 def test_replaying_a_trace_rebuilds_every_block_table(tmp_path):
@@ -27,6 +27,7 @@ def test_replaying_a_trace_rebuilds_every_block_table(tmp_path):
             "computed": {name: request.num_computed_tokens for name, request in running.items()},
             "tokens": {name: request.num_tokens for name, request in running.items()},
             "waiting": len(engine.scheduler.waiting), "free": engine.kv_cache_manager.num_free_blocks,
+            "cached": set(engine.kv_cache_manager.pool.block_hashes),
         })
     stats = engine.stats
     llm.close()
@@ -39,6 +40,7 @@ def test_replaying_a_trace_rebuilds_every_block_table(tmp_path):
             rebuilt = {request_id: request[key] for request_id, request in state.requests.items()}
             assert rebuilt == expected[name], f"{name} after step {number}"
         assert (state.waiting["count"], state.free_blocks) == (expected["waiting"], expected["free"]), f"queues after step {number}"
+        assert state.cached == expected["cached"], f"blocks that the prefix cache knows after step {number}"
     assert stats.num_preemptions > 0, "the workload should preempt, so that the trace has to tell of it"
 
 
@@ -53,6 +55,7 @@ def test_a_keyframe_says_what_the_differences_say(tmp_path):
     before = [record for record in records[: records.index(keyframe)] if record["type"] != "keyframe" or record["step"] == 0]
     *_, state = replay(before)
     assert state.requests == keyframe["requests"], "differences and keyframe agree"
+    assert to_ranges(state.cached) == keyframe["cached"] != [], "and so they do about the prefix cache"
 
 
 def test_decisions_say_who_waits_for_what(tmp_path):
@@ -84,6 +87,37 @@ def test_nothing_is_recorded_while_nobody_listens():
     llm.engine.trace.unsubscribe(records.append)
     llm.wait_for_completion(use_tqdm=False)
     assert len(records) == 3, "after leaving, nothing more is handed over"
+
+
+def test_a_keyframe_tells_what_happened_without_a_step():
+    """Requests that come or are aborted between two steps show in a keyframe as soon as somebody asks, and once."""
+    llm = make_llm()
+    trace, records = llm.engine.trace, []
+    trace.subscribe(records.append)
+    ids = llm.enqueue(prompts_of(5, 5), greedy(6))
+    trace.refresh()
+    trace.refresh()
+    assert [record["waiting"]["first"] for record in records[2:]] == [ids], "told, and not told twice"
+    llm.engine.step()
+    free = llm.engine.kv_cache_manager.num_free_blocks
+    llm.engine.abort_request(ids)
+    trace.refresh()
+    assert records[-1]["type"] == "keyframe" and not records[-1]["requests"], "the aborted are gone"
+    assert records[-1]["free_blocks"] > free, "and their blocks are back"
+
+
+def test_the_first_token_s_time_is_told_once_per_request():
+    """Seconds from arrival, by the engine's clock, in the record of the step that brought the first token."""
+    llm = make_llm(num_blocks=14, max_num_batched_tokens=9)
+    records = []
+    llm.engine.trace.subscribe(records.append)
+    ids = llm.enqueue(prompts_of(9, 14, 9, 5), greedy(14))
+    times = {request_id: request.times for request_id, request in llm.engine.scheduler.requests.items()}
+    llm.wait_for_completion(use_tqdm=False)
+    told = [first for record in records if record["type"] == "step" for first in record["first_tokens"].items()]
+    assert sorted(told) == [(name, round(times[name].first_token - times[name].arrival, 6)) for name in ids]
+    clock = [record["time"] for record in records if "time" in record]
+    assert clock == sorted(clock)
 
 
 def test_another_version_is_refused():

@@ -16,6 +16,7 @@ from fastapi import APIRouter, Depends, FastAPI, Request
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import Response
 
+from minivllm.serve import live, page
 from minivllm.serve.answers import Answer
 from minivllm.serve.auth import ApiKeyMiddleware
 from minivllm.serve.chat import ChatAnswer
@@ -48,6 +49,10 @@ def create_app(service: Service) -> FastAPI:
     if service.options.api_keys:  # added last, so asked first
         app.add_middleware(ApiKeyMiddleware, keys=service.options.api_keys)
     app.include_router(router)
+    app.include_router(page.router)
+    app.include_router(live.router)
+    # JSON, though the bodies say nothing: a browser lets no foreign page send it
+    app.include_router(live.control_router, dependencies=[Depends(require_json)])
     return app
 
 

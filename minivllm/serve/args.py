@@ -105,6 +105,7 @@ def _add_server_flags(group: Any) -> None:
                        help="most requests that run and wait together; more are answered 503 (default: no limit)")
     group.add_argument("--max-request-body-bytes", type=int, default=DEFAULT_BODY_BYTES, metavar="BYTES",
                        help="largest body; a larger one is answered 413 (default: %(default)s)")
+    group.add_argument("--step-control", action="store_true", help="let the live page pause, step and resume the engine")
     group.add_argument("--shutdown-timeout", type=float, default=0.0, metavar="SECONDS",
                        help="how long requests in flight may go on after Ctrl-C or SIGTERM (default: %(default)s)")
     group.add_argument("--uvicorn-log-level", choices=LOG_LEVELS, default="info", help="(default: %(default)s)")
@@ -181,7 +182,7 @@ def _to_serve_args(values: dict[str, Any]) -> ServeArgs:
     server = ServerOptions(names, model or EMBEDDED_NAME, keys, values.pop("ignore_unknown_fields"),
                            metrics_prefix=_metrics_prefix(values.pop("metrics_prefix")),
                            log_stats=not values.pop("disable_log_stats"), max_num_queued_reqs=max_queued,
-                           max_request_body_bytes=max_bytes)
+                           max_request_body_bytes=max_bytes, step_control=values.pop("step_control"))
     log_level = values.pop("uvicorn_log_level")
     return ServeArgs(engine_config_from_kwargs(model=model, **values), server, host, port, log_level, timeout)
 

@@ -1,4 +1,4 @@
-"""API keys: everything needs one when there are any, except what a monitor asks.
+"""API keys: everything needs one when there are any, except what a monitor asks and the page that asks for the key.
 
 A plain ASGI middleware, so that a refused request is answered before its body is read. vLLM guards /v1 only
 (vllm/entrypoints/serve/middleware); here /tokenize and /docs need the key as well.
@@ -14,8 +14,9 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from minivllm.serve.errors import json_response
+from minivllm.serve.page import PAGE_PATHS
 
-OPEN_PATHS = frozenset({"/health", "/ping", "/version", "/metrics"})
+OPEN_PATHS = frozenset({"/health", "/ping", "/version", "/metrics"}) | PAGE_PATHS
 
 
 class ApiKeyMiddleware:

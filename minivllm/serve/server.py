@@ -116,7 +116,7 @@ def banner(args: ServeArgs, port: int) -> str:
     host = "127.0.0.1" if args.host in ("0.0.0.0", "::", "") else f"[{args.host}]" if ":" in args.host else args.host
     url = f"http://{host}:{port}"
     key = ' -H "Authorization: Bearer $MINIVLLM_API_KEY"' if args.server.api_keys else ""
-    return (f"minivllm serves {args.server.served_model_names[0]} at {url}. Try:\n\n"
+    return (f"minivllm serves {args.server.served_model_names[0]} at {url}. Open it in a browser, or try:\n\n"
             f'  curl -s {url}/v1/chat/completions -H "Content-Type: application/json"{key} \\\n'
             """    -d '{"messages": [{"role": "user", "content": "What is a block?"}]}'\n""")
 
@@ -149,6 +149,7 @@ class Server(uvicorn.Server):
     async def drain(self) -> None:
         """Refuse new requests, wait for those in flight, abort what is left, and end streams that still do not end."""
         self.service.is_draining = True
+        self.service.live.end()
         await self._wait_for_requests(self.shutdown_timeout)
         engine: Any = self.service.engine
         await asyncio.get_running_loop().run_in_executor(None, engine.shutdown, ABORT_SECONDS)

@@ -20,6 +20,7 @@ from minivllm.request import RequestOutput
 from minivllm.sampling_params import MAX_N, SamplingParams
 from minivllm.serve.errors import ApiError
 from minivllm.serve.limits import DEFAULT_BODY_BYTES, Entry, QueueLimit
+from minivllm.serve.live import Live
 from minivllm.serve.logprobs import TokenNames
 from minivllm.serve.metrics import EngineMetrics
 from minivllm.serve.prompts import Prompt, PromptReader
@@ -48,6 +49,12 @@ class Engine(Protocol):
 
     async def call(self, function: Callable[[Any], Any]) -> Any: ...
 
+    async def pause(self) -> None: ...
+
+    async def step_once(self) -> None: ...
+
+    async def resume(self) -> None: ...
+
 
 @dataclass(frozen=True)
 class ServerOptions:
@@ -61,6 +68,7 @@ class ServerOptions:
     log_stats: bool = True
     max_num_queued_reqs: int | None = None
     max_request_body_bytes: int = DEFAULT_BODY_BYTES
+    step_control: bool = False
 
 
 class Service:
@@ -79,6 +87,7 @@ class Service:
         # Equal fingerprints mean equal settings: a seeded request repeats only under the same one.
         self.fingerprint = f"minivllm-{__version__}-{hashlib.sha256(repr(core.config).encode()).hexdigest()[:8]}"
         self.metrics = EngineMetrics(core, self.model_name, options.metrics_prefix)
+        self.live = Live(engine, options.step_control)
         self._numbers = itertools.count()
         limit = options.max_num_queued_reqs
         self.queue = None if limit is None else QueueLimit(limit)
