@@ -17,8 +17,6 @@ import os
 import tempfile
 from pathlib import Path
 
-from torch._inductor.runtime.cache_dir_utils import cache_dir, default_cache_dir
-
 logger = logging.getLogger("minivllm")
 VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 
@@ -27,6 +25,8 @@ class CompileCache:
     """The folder, set up before anything is compiled. torch reads the variable whenever it needs it."""
 
     def __init__(self) -> None:
+        from torch._inductor.runtime.cache_dir_utils import cache_dir, default_cache_dir  # the compiler: two seconds
+
         # Importing torch.compile sets the variable to its default, so that value is nobody's wish.
         if os.environ.get(VARIABLE, default_cache_dir()) == os.path.abspath(default_cache_dir()):
             try:

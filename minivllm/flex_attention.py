@@ -13,6 +13,7 @@ idea in vllm/v1/attention/backends/flex_attention.py.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,10 +34,13 @@ DECODE_KERNEL = {"num_warps": 2, "num_stages": 3}
 # The kernel for prompts is faster without stages: 441 -> 349 microseconds a layer for 8,192 tokens of 7B, 149 -> 113 for 0.5B.
 PROMPT_KERNEL = {"num_warps": 8, "num_stages": 1}
 
-# The kernel for decodes exists only for a batch size that is known, so there is one per bucket. The one for prompts has a
-# dynamic number of queries, and is compiled once.
-compiled_decode = torch.compile(flex_attention, dynamic=False)
-compiled_prefill = torch.compile(flex_attention, dynamic=True)
+
+@functools.cache
+def compiled(*, dynamic: bool) -> Any:
+    """The kernel for decodes exists only for a batch size that is known, so there is one per bucket. The one for prompts has a
+    dynamic number of queries, and is compiled once. Made when first asked for: to import the compiler takes two seconds.
+    """
+    return torch.compile(flex_attention, dynamic=dynamic)
 
 
 @dataclass
@@ -175,7 +179,7 @@ class FlexPagedAttention(PagedAttention):
             padded = q.new_empty_strided((size, *q.shape[1:]), q.stride())  # with other strides it would be compiled anew
             padded[:count], padded[count:] = q, 0
             q = padded
-        output = compiled_decode(
+        output = compiled(dynamic=False)(
             q.view(size, num_kv_heads, -1, head_dim), self.key_cache[None], self.value_cache[None],
             block_mask=metadata.block_mask, kernel_options=decode_options(size, num_kv_heads))
         return output.flatten(1, 2)[:count]  # (B, H, D)
@@ -183,6 +187,6 @@ class FlexPagedAttention(PagedAttention):
     def attend_prefill(self, q: Tensor, metadata: PrefillMetadata) -> Tensor:
         """Tiles of queries, q (prefill tokens, H, D)."""
         tiles = q[metadata.tile_rows].transpose(0, 1)[None]  # (1, H, Q * tile, D)
-        output = compiled_prefill(tiles, self.key_cache[None], self.value_cache[None], block_mask=metadata.block_mask,
-                                  enable_gqa=True, kernel_options=tile_options(self.block_size, q.dtype))
+        output = compiled(dynamic=True)(tiles, self.key_cache[None], self.value_cache[None], block_mask=metadata.block_mask,
+                                        enable_gqa=True, kernel_options=tile_options(self.block_size, q.dtype))
         return output[0].transpose(0, 1)[metadata.token_rows]  # (prefill tokens, H, D)

@@ -32,6 +32,13 @@ def test_these_modules_import_no_torch(name):
     assert done.returncode == 0, f"importing {name} imports torch"
 
 
+def test_an_engine_without_the_compiler_does_not_import_it():
+    """Importing the engine does not import torch's compiler, which takes two of three seconds and is of use on a GPU only."""
+    code = "import sys; from minivllm.async_engine import AsyncEngine; sys.exit('torch._dynamo' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, timeout=60)
+    assert done.returncode == 0, "importing the engine imports torch._dynamo"
+
+
 @pytest.mark.parametrize("module", ["model", "attention", "dense_cache", "sampler"])
 def test_tensor_modules_know_no_request(module):
     """What computes sees tensors: it imports neither requests nor the scheduler nor the KV manager."""

@@ -16,8 +16,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from test_engine import greedy, model_and_folder
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
-from minivllm import LLM, compile_cache, profile_run, prompt_graphs, startup
+from minivllm import LLM, profile_run, prompt_graphs, startup
 from minivllm.compile_cache import VARIABLE, CompileCache, writable_folder
 from minivllm.config import EngineConfig, ModelConfig
 from minivllm.cuda_graphs import bucket_sizes
@@ -317,7 +318,7 @@ def test_a_folder_that_cannot_be_written_is_no_reason_to_stop(no_cache_variables
     monkeypatch.setenv("MINIVLLM_CACHE_ROOT", str(tmp_path / "file"))
     with caplog.at_level(logging.WARNING, "minivllm"):
         cache = CompileCache()
-    assert str(cache.folder) == compile_cache.default_cache_dir()
+    assert str(cache.folder) == default_cache_dir()
     assert "MINIVLLM_CACHE_ROOT" in caplog.text
 
 
