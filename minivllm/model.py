@@ -126,10 +126,22 @@ class RotaryEmbedding(nn.Module):
         return (angles.cos() * self.attention_factor).to(dtype), (angles.sin() * self.attention_factor).to(dtype)
 
 
+class EmptyLinear(nn.Linear):
+    """A matrix whose memory is left as it was: drawing 7 billion numbers that a checkpoint replaces would take a minute."""
+
+    def reset_parameters(self) -> None:
+        """Draw nothing."""
+
+
+class EmptyEmbedding(nn.Embedding):
+    def reset_parameters(self) -> None:
+        """Draw nothing."""
+
+
 def make_linear(in_features: int, out_features: int, *, bias: bool, dtype: torch.dtype,
                 device: torch.device | str) -> nn.Linear:
     """Every matrix of the model is made here, empty: the one place to change for quantized or sharded weights."""
-    return nn.utils.skip_init(nn.Linear, in_features, out_features, bias=bias, dtype=dtype, device=device)
+    return EmptyLinear(in_features, out_features, bias=bias, dtype=dtype, device=device)
 
 
 class RMSNorm(nn.Module):
@@ -205,7 +217,7 @@ class Qwen2Model(nn.Module):
     def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device | str) -> None:
         super().__init__()
         shape = (config.vocab_size, config.hidden_size)
-        self.embed_tokens = nn.utils.skip_init(nn.Embedding, *shape, dtype=dtype, device=device)
+        self.embed_tokens = EmptyEmbedding(*shape, dtype=dtype, device=device)
         self.rotary_emb = RotaryEmbedding(config, device)
         self.layers = nn.ModuleList(DecoderLayer(config, dtype, device) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config, dtype, device)
