@@ -19,7 +19,7 @@ import logging
 import queue
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -36,7 +36,7 @@ logger = logging.getLogger("minivllm")
 class RequestStream:
     """The outputs of one request, for `async for`. Cumulative, so a slow reader is handed the newest and misses nothing.
 
-    Leaving the loop early, or `aclose()`, aborts the request. Belongs to the event loop that made it.
+    Who stops reading early calls `close()`, and that aborts the request. Belongs to the event loop that made it.
     """
 
     def __init__(self, request_id: str, abort: Callable[[str], None]) -> None:
@@ -82,9 +82,6 @@ class RequestStream:
         if not self._is_over:
             self._is_over = True
             self._abort(self.request_id)
-
-    async def aclose(self) -> None:
-        self.close()
 
 
 class AsyncEngine:
@@ -233,29 +230,39 @@ class AsyncEngine:
         held = self._is_paused and not self._single_steps
         return self.engine.has_unfinished_requests() and not held and not self._is_closing
 
-    def _run_commands(self, *, wait: bool) -> None:
-        """Run all queued commands; with `wait`, sleep until there is one. A command's exception belongs to its caller."""
-        wait = wait and not self._single_steps
-        while True:
-            try:
+    def _take_commands(self, *, wait: bool) -> Iterator[tuple[Callable[[], Any], Future[Any]]]:
+        """All queued commands whose callers have not left; with `wait`, sleep until there is one."""
+        with contextlib.suppress(queue.Empty):
+            while True:
                 function, future = self._commands.get(block=wait)
-            except queue.Empty:
-                return
-            wait = False
-            if future.set_running_or_notify_cancel():
-                try:
-                    future.set_result(function())
-                except Exception as error:
-                    future.set_exception(error)
+                wait = False
+                if future.set_running_or_notify_cancel():
+                    yield function, future
+
+    def _run_commands(self, *, wait: bool) -> None:
+        """A command's exception belongs to its caller."""
+        for function, future in self._take_commands(wait=wait and not self._single_steps):
+            try:
+                future.set_result(function())
+            except Exception as error:
+                future.set_exception(error)
 
     def _pause(self, engine: LLMEngine) -> None:
         """What is being computed belongs to the step before the pause; single steps are then made one after the other."""
         self._is_paused = True
         while engine.launched:
-            self._hand_over(engine.step(ahead=False))
+            self._make_step()
+
+    def _make_step(self) -> None:
+        try:
+            outputs = self.engine.step(ahead=not self._is_paused)
+        except Exception as error:
+            outputs = self.engine.recover(error)
+            logger.exception("a step has failed: %d requests end with an error, the others go on", len(outputs))
+        self._hand_over(outputs)
 
     def _step(self) -> None:
-        self._hand_over(self.engine.step(ahead=not self._is_paused))
+        self._make_step()
         if self._single_steps:
             self._single_steps.popleft().set_result(None)
 
@@ -283,8 +290,5 @@ class AsyncEngine:
         self.engine.close()
 
     def _refuse_commands(self) -> None:
-        with contextlib.suppress(queue.Empty):
-            while True:
-                _, future = self._commands.get(block=False)
-                if future.set_running_or_notify_cancel():
-                    future.set_exception(EngineDeadError("the engine has ended"))
+        for _, future in self._take_commands(wait=False):
+            future.set_exception(EngineDeadError("the engine has ended"))

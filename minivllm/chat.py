@@ -13,10 +13,20 @@ from typing import Any
 from minivllm.exceptions import UnsupportedError, ValidationError
 
 
-def render_chat(tokenizer: Any | None, messages: Sequence[Any], *, chat_template: str | None = None,
-                tools: list[dict[str, Any]] | None = None, add_generation_prompt: bool = True,
-                continue_final_message: bool = False) -> list[int]:
-    """Token ids of a conversation. Raises `ValidationError` that names the message, the template or the tokenizer at fault."""
+def render_chat(tokenizer: Any, messages: Sequence[Any], **given: Any) -> list[int]:
+    """Token ids of a conversation; takes what `chat_text` takes, and raises what it raises."""
+    text = chat_text(tokenizer, messages, **given)
+    # The template writes its special tokens itself, so none are added here.
+    return list(tokenizer.encode(text, add_special_tokens=False))
+
+
+def chat_text(tokenizer: Any | None, messages: Sequence[Any], *, chat_template: str | None = None,
+              tools: list[dict[str, Any]] | None = None, add_generation_prompt: bool = True,
+              continue_final_message: bool = False, template_kwargs: dict[str, Any] | None = None) -> str:
+    """The prompt that a template makes of a conversation; `template_kwargs` are further variables for it.
+
+    Raises `ValidationError` that names the message, the template or the tokenizer at fault.
+    """
     if tokenizer is None:
         raise ValidationError("chat needs a tokenizer, and this engine was started with skip_tokenizer_init=True",
                               parameter="messages")
@@ -28,13 +38,11 @@ def render_chat(tokenizer: Any | None, messages: Sequence[Any], *, chat_template
                               parameter="add_generation_prompt")
     checked = check_messages(messages)
     try:
-        text = tokenizer.apply_chat_template(
-            checked, chat_template=chat_template, tools=tools, tokenize=False,
-            add_generation_prompt=add_generation_prompt, continue_final_message=continue_final_message)
+        return str(tokenizer.apply_chat_template(
+            checked, chat_template=chat_template, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message, **template_kwargs or {}))
     except Exception as error:  # whatever a template raises is about these messages
         raise ValidationError(f"the chat template refused these messages: {error}", parameter="messages") from error
-    # The template writes its special tokens itself, so none are added here.
-    return list(tokenizer.encode(text, add_special_tokens=False))
 
 
 def check_messages(messages: Sequence[Any]) -> list[dict[str, Any]]:

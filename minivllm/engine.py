@@ -29,6 +29,7 @@ from minivllm.input_processor import InputProcessor, ProcessedInput, derive_seed
 from minivllm.kv_cache import KVCacheManager
 from minivllm.model_runner import ModelRunner
 from minivllm.output_processor import OutputProcessor
+from minivllm.recovery import Recovery
 from minivllm.request import Request, RequestOutput, RequestStatus
 from minivllm.sampling_params import SamplingParams
 from minivllm.scheduler import Scheduler
@@ -53,6 +54,7 @@ class LLMEngine:
         num_blocks, block_size, max_model_len = startup.resolved_sizes(self.config)
         self.kv_cache_manager = KVCacheManager(num_blocks, block_size, self.config.enable_prefix_caching, max_model_len)
         self.scheduler = Scheduler(self.config, self.kv_cache_manager, clock=clock)
+        self.recovery = Recovery(self.scheduler)
         self.input_processor = InputProcessor(self.config, self.model_config.vocab_size, self.tokenizer, self.eos_token_ids)
         self.output_processor = OutputProcessor(self.tokenizer)
         self.trace = TraceRecorder(self.scheduler, self.config.trace)
@@ -101,25 +103,34 @@ class LLMEngine:
 
         Returns their last outputs, with what had been generated and finish_reason "abort".
         """
-        ended: list[Request] = []
-        for request_id in request_ids:
-            state = self.output_processor.states.get(request_id)
-            if state is not None:
-                ended += [child.request for child in state.children if not child.request.is_finished]
-        self.scheduler.finish_requests([request.request_id for request in ended], RequestStatus.FINISHED_ABORTED)
+        states = [self.output_processor.states[name] for name in request_ids if name in self.output_processor.states]
+        children = [child.request for state in states for child in state.children]
+        return self._end([child for child in children if not child.is_finished], RequestStatus.FINISHED_ABORTED)
+
+    def recover(self, error: Exception) -> list[RequestOutput]:
+        """After `step` has raised `error`: end who is to blame for it, with finish_reason "error", and return their last outputs.
+
+        Raises `error` again if that would not help: the engine must not go on. (recovery.py)
+        """
+        return self._end([self.scheduler.requests[name] for name in self.recovery.blame(error)], RequestStatus.FINISHED_ERROR)
+
+    def _end(self, requests: list[Request], status: RequestStatus) -> list[RequestOutput]:
+        self.scheduler.finish_requests([request.request_id for request in requests], status)
         self._drop_unawaited_steps()
-        self._observe(ended, 0)
-        return self.output_processor.collect(ended)
+        self._observe(requests, 0)
+        return self.output_processor.collect(requests)
 
     def step(self, *, ahead: bool = True) -> list[RequestOutput]:
         """Give every request its tokens of one forward pass; returns the requests that moved, cumulative.
 
         With `async_scheduling` the next step is launched before this one is waited for. `ahead=False` makes it the last one
         in flight; while somebody reads the trace every step is, so that a record shows one step and not a part of the next.
-        If the forward pass raises, nothing is lost: what the step had scheduled waits again, and the error goes on up.
+        If the forward pass raises, nothing is lost: what the step had scheduled waits again, and the error goes on up. Who
+        calls `recover` then lets no request fail for ever.
         """
         self._require_alive()
-        num_ahead = 1 if self.config.async_scheduling and ahead and not self.trace.is_on else 0
+        self.recovery.before_step()
+        num_ahead = 1 if self.config.async_scheduling and ahead and not self.trace.is_on and not self.recovery.suspects else 0
         while len(self.launched) <= num_ahead and (planned := self.scheduler.schedule()).num_scheduled_tokens:
             self._launch(planned)
         if not self.launched:
@@ -138,7 +149,7 @@ class LLMEngine:
         try:
             self.launched.append((planned, self.runner.execute_model(planned)))
         except BaseException:
-            self.scheduler.rollback(planned)
+            self.recovery.roll_back(planned)
             raise
 
     def _wait(self) -> tuple[SchedulerOutput, ModelOutput]:
@@ -148,7 +159,7 @@ class LLMEngine:
             model_output = launched.result()
         except BaseException:
             self.launched.clear()
-            self.scheduler.rollback(scheduler_output)
+            self.recovery.roll_back(scheduler_output)
             raise
         self.launched.popleft()
         return scheduler_output, model_output

@@ -16,14 +16,8 @@ from minivllm.exceptions import CheckpointError, ValidationError
 from minivllm.sampling_params import SamplingParams
 
 # generation_config.json's name -> SamplingParams' name; the list is vLLM's (vllm/config/model.py)
-FIELDS = {
-    "temperature": "temperature",
-    "top_p": "top_p",
-    "top_k": "top_k",
-    "min_p": "min_p",
-    "repetition_penalty": "repetition_penalty",
-    "max_new_tokens": "max_tokens",
-}
+SAME = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+FIELDS = {name: name for name in SAME} | {"max_new_tokens": "max_tokens"}
 OFF = ("none", "vllm")
 
 

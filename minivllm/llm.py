@@ -63,12 +63,9 @@ class LLM:
              continue_final_message: bool = False, tools: list[dict[str, Any]] | None = None) -> list[RequestOutput]:
         """Answer one conversation (a list of messages) or several (a list of lists) through the chat template."""
         conversations = messages if messages and isinstance(messages[0], list) else [messages]
-        prompts = [
-            {"prompt_token_ids": render_chat(
-                self.engine.tokenizer, conversation, chat_template=chat_template or self.engine.chat_template, tools=tools,
-                add_generation_prompt=add_generation_prompt, continue_final_message=continue_final_message)}
-            for conversation in conversations
-        ]
+        given = {"chat_template": chat_template or self.engine.chat_template, "tools": tools,
+                 "add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message}
+        prompts = [{"prompt_token_ids": render_chat(self.engine.tokenizer, one, **given)} for one in conversations]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
     def enqueue(self, prompts: Any, sampling_params: SamplingParams | Sequence[SamplingParams] | None = None) -> list[str]:

@@ -35,11 +35,8 @@ def compute_logprobs(logits: Tensor, token_ids: Tensor, num_logprobs: int) -> Lo
     chosen_rank = 1 + (logprobs > chosen).sum(dim=-1, keepdim=True)
     k = logits.shape[-1] if num_logprobs == WHOLE_VOCABULARY else min(num_logprobs, logits.shape[-1])
     best, best_ids = logprobs.topk(k, dim=-1)  # (R, k), descending
-    return LogprobsTensors(
-        torch.cat([token_ids[:, None], best_ids], dim=-1),
-        torch.cat([chosen, best], dim=-1),
-        torch.cat([chosen_rank, ordered_ranks(best)], dim=-1),
-    )
+    ids, values = torch.cat([token_ids[:, None], best_ids], dim=-1), torch.cat([chosen, best], dim=-1)
+    return LogprobsTensors(ids, values, torch.cat([chosen_rank, ordered_ranks(best)], dim=-1))
 
 
 def ordered_ranks(best: Tensor) -> Tensor:

@@ -47,14 +47,11 @@ class ChildState:
         """A snapshot that later steps do not change. A stop string outranks a length reached by the same token."""
         request, found = self.request, self.stop_string
         return CompletionOutput(
-            index=self.index,
-            text=self.detokenizer.text,
-            token_ids=list(self.token_ids),
+            index=self.index, text=self.detokenizer.text, token_ids=list(self.token_ids),
             cumulative_logprob=self.cumulative_logprob,
             logprobs=None if self.logprobs is None else list(self.logprobs),
             finish_reason=request.status.finish_reason if found is None else "stop",
-            stop_reason=request.stop_reason if found is None else found,
-        )
+            stop_reason=request.stop_reason if found is None else found)
 
 
 @dataclass

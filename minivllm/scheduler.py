@@ -46,6 +46,7 @@ class Scheduler:
         self.kv_cache_manager = kv_cache_manager
         self.max_num_batched_tokens: int = config.max_num_batched_tokens
         self.max_model_len: int = config.max_model_len
+        self.max_num_running = config.max_num_seqs  # fewer while the engine recovers from a failed step (recovery.py)
         self.clock = clock
         self.requests: dict[str, Request] = {}
         self.waiting = RequestQueue()
@@ -158,8 +159,8 @@ class Scheduler:
         """Admit waiting requests in order until the budget, the seats or the blocks run out. Nobody overtakes."""
         while self.waiting and budget > 0:
             request = self.waiting.peek()
-            if len(self.running) >= self.config.max_num_seqs:
-                self._decide(request, "wait", "waits: all max_num_seqs={cause} seats are taken", cause=self.config.max_num_seqs)
+            if len(self.running) >= self.max_num_running:
+                self._decide(request, "wait", "waits: all max_num_seqs={cause} seats are taken", cause=self.max_num_running)
                 return
             num_new_tokens = self._admit(request, budget)
             if num_new_tokens == 0:

@@ -54,6 +54,21 @@ main()
 """
 
 
+# Serves with an engine whose steps fail whenever a request with token 13 in its prompt is in them.
+POISONED = """
+from minivllm.model_runner import ModelRunner
+from minivllm.serve.server import main
+run, poisoned = ModelRunner.execute_model, set()
+def execute_model(self, output):
+    poisoned.update(new.request_id for new in output.new_requests if 13 in new.token_ids[:new.num_prompt_tokens])
+    if poisoned & output.num_scheduled_tokens.keys():
+        raise IndexError("list index out of range")
+    return run(self, output)
+ModelRunner.execute_model = execute_model
+main()
+"""
+
+
 class ServeProcess:
     """`python -m minivllm.serve ARGUMENTS` as a child process; with `program`, that Python code in its place."""
 
@@ -71,7 +86,7 @@ class ServeProcess:
     def _wait_for_banner(self) -> str:
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline and self.process.poll() is None:
-            if found := re.search(r"curl -s (http://\S+?)/v1", self.read(self.out)):
+            if found := re.search(r"curl -s (https?://\S+?)/v1", self.read(self.out)):
                 return found[1]
             time.sleep(0.05)
         self.process.kill()

@@ -139,7 +139,7 @@ def test_an_engine_failure_reaches_every_reader_and_every_later_caller(caplog):
         streams = [await engine.add_request(prompt, greedy(5), str(i)) for i, prompt in enumerate(prompts_of(5, 6))]
 
         def fail(output):
-            raise RuntimeError("the device is gone")
+            raise RuntimeError("CUDA error: the device is gone")
 
         await engine.call(lambda inner: setattr(inner.runner, "execute_model", fail))
         await engine.resume()

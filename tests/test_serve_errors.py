@@ -48,7 +48,7 @@ BAD_COMPLETIONS = {
     "too many prompts": ({"prompt": ["a"] * 1025}, "prompt", "at most 1024 prompts"),
     "long prompt": ({"prompt": [70] * 65}, "prompt",
                     "maximum context length is 64 tokens. However, your prompt contains 65 input"),
-    "absurd prompt": ({"prompt": "a" * 10**6}, "prompt", "your prompt contains at least 7812 input tokens"),
+    "absurd prompt": ({"prompt": "a" * 10**6}, "prompt", "your prompt contains at least 7813 input tokens"),
     "max_tokens in words": ({"max_tokens": "ten"}, "body.max_tokens",
                             "body.max_tokens: Input should be a valid integer, got 'ten'"),
     "max_tokens too large": ({"max_tokens": 65}, "max_tokens", "max_tokens=65 cannot be greater than max_model_len=64."),
@@ -115,6 +115,9 @@ BAD_CHATS = {
     "choice of nothing": ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice",
                           "`tools` must be set"),
     "json mode": ({"response_format": {"type": "json_object"}}, "response_format", "`response_format` is not implemented"),
+    "another call of the template": ({"chat_template_kwargs": {"x": 1, "tokenize": True, "messages": []}}, "chat_template_kwargs",
+                                     "must not hold messages, tokenize"),
+    "arguments of a wrong type": ({"chat_template_kwargs": []}, "body.chat_template_kwargs", "valid dictionary"),
     "a template": ({"chat_template": "{{ x }}"}, "chat_template", "start the server with --chat-template"),
 }
 
@@ -261,6 +264,23 @@ def test_unknown_fields_can_be_ignored(caplog):
     """--ignore-unknown-fields logs their names instead."""
     assert ask(COMPLETIONS, HELLO | {"max_token": 1}, ignore_unknown_fields=True).status_code == 200
     assert "max_token" in caplog.text
+
+
+def test_what_is_nested_too_deeply_is_a_400():
+    """Wherever it is nested, and whoever gives up first: the parser, or who measures what a template would render."""
+    for depth in (100, 900, 950, 980, 100_000):
+        for field in ("messages", "tools", "chat_template_kwargs", "zz"):
+            body = json.dumps(MESSAGES)[:-1] + f', "{field}": ' + '{"a":[' * (depth // 2) + "]}" * (depth // 2) + "}"
+            response = ask(CHAT, content=body, headers={"content-type": "application/json"})
+            assert response.status_code in (200, 400), f"{field} at depth {depth}: {response.status_code}"
+
+
+def test_a_failed_engine_is_told_before_anything_is_tokenised():
+    """Once the engine has failed, a new request is a 500 whatever its prompt and parameters are; a wrong field comes first."""
+    engine = ScriptedEngine()
+    engine.errored = True
+    assert "has stopped" in error_of(ask(COMPLETIONS, {"prompt": "", "temperature": 9}, engine=engine), 500)["message"]
+    assert error_of(ask(COMPLETIONS, {"prompt": "", "zz": 1}, engine=engine))["param"] == "zz"
 
 
 def test_a_dead_engine_is_a_500_that_says_so():

@@ -13,7 +13,8 @@ import pytest
 pytest.importorskip("fastapi", reason="the server's tests need fastapi")
 
 import httpx
-from serve_process import FAULTY, LONG, InFlight, ServeProcess, make_model_folder
+from serve_load import scrape, wait_until_idle
+from serve_process import FAULTY, LONG, POISONED, InFlight, ServeProcess, make_model_folder
 
 import minivllm
 
@@ -93,6 +94,59 @@ def test_an_engine_that_fails_ends_the_process(folder):
         finally:
             (folder / "fail").unlink()
         assert "out of luck" in server.stderr, "the log says why"
+
+
+@pytest.mark.parametrize("flags", [[], ["--async-scheduling"]], ids=["in turn", "one ahead"])
+def test_a_request_that_makes_steps_fail_ends_and_the_others_do_not_notice(folder, flags):
+    """Whole: a 500. Streamed: the same before the first token. Those beside it get every token, and the process lives."""
+    with ServeProcess(folder, *SMALL, *flags, program=POISONED) as server:
+        streams = [InFlight(server, stream=True, prompt=[5, 6, 7 + each], max_tokens=300) for each in range(4)]
+        assert all(stream.has_begun.wait(30) for stream in streams)
+        for stream in (False, True):
+            bad = httpx.post(server.url + "/v1/completions", json=LONG | {"prompt": [5, 13], "stream": stream}, timeout=60)
+            assert bad.status_code == 500, bad.text
+            assert bad.json()["error"]["message"] == "Internal server error"
+        for stream in streams:
+            *_, last, done = stream.result().lines
+            assert (json.loads(last)["choices"][0]["finish_reason"], done) == ("length", "[DONE]")
+        got = wait_until_idle(server.url)
+        assert (got["request_success_total/error"], got["request_success_total/length"]) == (2, 4)
+        assert got["generation_tokens_total"] == 4 * 300, "no token was lost or came twice"
+        assert got["kv_cache_usage_perc"] == 0
+        assert httpx.get(server.url + "/health").status_code == 200
+        status, _ = server.stop(signal.SIGTERM)
+        assert status == 0
+
+
+def test_an_unlucky_choice_of_several_ends_the_whole_answer(folder):
+    """One of n answers fails after its first tokens: the stream tells an error and its [DONE], and the siblings are aborted."""
+    program = POISONED.replace("if 13 in new.token_ids[:new.num_prompt_tokens]", "if new.request_id.startswith('1_')").replace(
+        "if poisoned & output.num_scheduled_tokens.keys():", "if self.__dict__.setdefault('count', []).append(1) or "
+        "len(self.count) > 9 and poisoned & output.num_scheduled_tokens.keys():")
+    with ServeProcess(folder, *SMALL, program=program) as server:
+        stream = InFlight(server, stream=True, n=3, temperature=1, max_tokens=500)
+        *chunks, error, done = stream.result().lines
+        assert (json.loads(error)["error"]["code"], done) == (500, "[DONE]")
+        assert {json.loads(chunk)["choices"][0]["index"] for chunk in chunks} == {0, 1, 2}
+        got = wait_until_idle(server.url)
+        assert (got["request_success_total/error"], got["request_success_total/abort"]) == (1, 2)
+        assert scrape(server.url)["kv_cache_usage_perc"] == 0
+
+
+def test_prompts_and_answers_are_not_logged(folder):
+    """Not with every log level at its most talkative, nor when a request is refused or a step fails."""
+    with ServeProcess(folder, *SMALL, "--uvicorn-log-level", "debug", program=POISONED, MINIVLLM_LOGGING_LEVEL="DEBUG") as server:
+        for body in ({"prompt": "my hunter2"}, {"prompt": "my hunter2", "temperature": 9}, {"prompt": ["hunter2", 5]},
+                     {"prompt": "hunter2", "stop": "hunter2", "stream": True}):
+            httpx.post(server.url + "/v1/completions", json=body | {"max_tokens": 4}, timeout=60)
+        assert httpx.post(server.url + "/v1/completions", json={"prompt": [5, 13]}, timeout=60).status_code == 500
+        chat = {"messages": [{"role": "user", "content": "hunter2"}], "max_tokens": 4}
+        answer = httpx.post(server.url + "/v1/chat/completions", json=chat, timeout=60).json()["choices"][0]["message"]["content"]
+        server.stop()
+        for log in (server.stdout, server.stderr):
+            assert "hunter2" not in log and (len(answer) < 4 or answer not in log)
+        assert "POST /v1/completions" in server.stdout + server.stderr, "the access log is there"
+        assert "a step has failed" in server.stderr
 
 
 def test_a_port_in_use_is_refused_before_the_model_is_loaded():

@@ -9,13 +9,14 @@ import pytest
 
 pytest.importorskip("fastapi", reason="the server's tests need fastapi")
 
-from serve_doubles import ScriptedEngine, ask, client_of
+from serve_doubles import CHATML, ScriptedEngine, ask, client_of
 from serve_process import make_model_folder
 
 from minivllm import LLM, SamplingParams
 from minivllm.async_engine import AsyncEngine
 from minivllm.input_processor import MAX_CHARS_PER_TOKEN
 from minivllm.serve.args import parse_args
+from minivllm.serve.prompts import LONGEST_TEXT
 from minivllm.serve.server import _raise_file_limit
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -40,13 +41,13 @@ def make_llm(folder, **knobs) -> LLM:
     return LLM(str(folder), **{"max_model_len": 64, "block_size": 4, "num_blocks": 64, "device": "cpu", "max_num_seqs": 2} | knobs)
 
 
-def serve(folder, story, *, limit=None, **knobs):
+def serve(folder, story, *, limit=None, max_num_queued_tokens=None, **knobs):
     """Run `story(client, engine)` on a real engine, held between two steps; afterwards nothing waits, runs or owns a block."""
     async def main():
         engine = AsyncEngine(make_llm(folder, **knobs).engine)
         try:
             await engine.pause()
-            async with client_of(engine, max_num_queued_reqs=limit) as client:
+            async with client_of(engine, max_num_queued_reqs=limit, max_num_queued_tokens=max_num_queued_tokens) as client:
                 result = await asyncio.wait_for(story(client, engine), 60)
                 queue = client._transport.app.state.service.queue
                 await engine.call(lambda core: core.kv_cache_manager.check())
@@ -95,7 +96,7 @@ def assert_busy(response):
     error = error_of(response, 503)
     assert int(response.headers["retry-after"]) >= 1
     assert (error["type"], error["param"]) == ("Service Unavailable", None)
-    assert "currently busy" in error["message"]
+    assert "currently busy" in error["message"] or "prefill token backlog limit" in error["message"]
 
 
 async def without_refused(tasks, num_refused):
@@ -202,6 +203,46 @@ def test_without_the_flag_the_queue_has_no_end(folder):
     assert all(len(output.outputs[0].token_ids) == 2 for output in outputs)
 
 
+def test_a_backlog_of_prompts_answers_503_until_it_is_worked_off(folder):
+    """--max-num-queued-tokens counts the prompts without a token of their answer; below it all come in, whatever their length."""
+    async def story(client, engine):
+        tasks = [post(client, {"prompt": [1] * 9})]
+        await until(engine, 1, 0)
+        tasks.append(post(client, {"prompt": [1] * 30}))  # 9 are below 10
+        await until(engine, 2, 0)
+        error = error_of(await client.post(COMPLETIONS, json=SHORT), 503)
+        assert "prefill token backlog limit" in error["message"]
+        await engine.step_once()
+        assert await counts(engine) == (0, 2)
+        tasks.append(post(client))
+        await until(engine, 1, 2)
+        await finish(engine, tasks)
+
+    serve(folder, story, max_num_queued_tokens=10)
+
+
+@pytest.mark.parametrize(("reason", "options"), [("max_num_queued_reqs", {"limit": 1}),
+                                                 ("max_num_queued_tokens", {"max_num_queued_tokens": 3})])
+def test_every_refusal_is_counted_once_by_its_reason(folder, reason, options):
+    """Refused from outside or on the engine's thread, a batch or a single one: one rejection each; a 400 is none."""
+    async def story(client, engine):
+        first = post(client)
+        await until(engine, 1, 0)
+        for body in ({}, {"prompt": [[1, 2], [3, 4]]} if reason.endswith("tokens") else {}):
+            assert (await client.post(COMPLETIONS, json=SHORT | body)).status_code == 503
+        assert (await client.post(COMPLETIONS, json={"prompt": "x", "zz": 1})).status_code == 400
+        await finish(engine, [first])
+        await engine.pause()
+        burst = [post(client) for _ in range(4)]  # all pass the look from outside; the thread lets one in
+        await finish(engine, await without_refused(burst, 3))
+        return (await client.get("/metrics")).text
+
+    metrics = serve(folder, story, **options)
+    counted = {line.split('reason="')[1].split('"')[0]: float(line.split()[-1]) for line in metrics.splitlines()
+               if line.startswith("minivllm:admission_rejections_total{")}
+    assert counted == {"max_num_queued_reqs": 0, "max_num_queued_tokens": 0} | {reason: 5}
+
+
 LIMIT = 1000
 
 
@@ -252,13 +293,17 @@ def test_a_declared_length_is_believed_before_a_byte_is_read():
 
 @pytest.mark.parametrize("chat", [False, True])
 def test_a_text_that_cannot_fit_is_not_tokenised(chat):
-    """More characters than max_model_len tokens can have: a 400 that names the limit; at the limit it is counted in tokens."""
+    """More characters than max_model_len tokens can have: a 400 that names the limit; at the limit it is counted in tokens.
+
+    Of a conversation the rendered text counts, whatever it is made of.
+    """
     most = 64 * MAX_CHARS_PER_TOKEN
+    frame = len("<|im_start|>user\n<|im_end|>\n<|im_start|>assistant\n") if chat else 0
     for num_chars in (most - 1, most, most + 1):
         engine = ScriptedEngine(max_model_len=64)
         encode, calls = engine.tokenizer.encode, []
         engine.tokenizer.encode = lambda *a, calls=calls, encode=encode, **k: calls.append(a) or encode(*a, **k)
-        text = "x" * num_chars
+        text = "x" * (num_chars - frame)
         body = {"messages": [{"role": "user", "content": text}]} if chat else {"prompt": text}
         error = error_of(ask(CHAT if chat else COMPLETIONS, body, engine=engine), 400)
         assert "maximum context length is 64 tokens" in error["message"]
@@ -266,13 +311,37 @@ def test_a_text_that_cannot_fit_is_not_tokenised(chat):
         assert bool(calls) <= (num_chars <= most), "the tokenizer saw a text that could not fit"
 
 
+HUGE = "x" * (LONGEST_TEXT + 1)
+ABSURD = {
+    "cut": (COMPLETIONS, {"prompt": HUGE, "truncate_prompt_tokens": 5}, "prompt"),
+    "a cut conversation": (CHAT, {"messages": [{"role": "user", "content": HUGE}], "truncate_prompt_tokens": 5}, "messages"),
+    "counted": ("/tokenize", {"prompt": HUGE}, "prompt"),
+    "a counted conversation": ("/tokenize", {"messages": [{"role": "user", "content": HUGE}]}, "messages"),
+    "one of many": (COMPLETIONS, {"prompt": ["Once", HUGE]}, "prompt"),
+    "tools": (CHAT, {"messages": [{"role": "user", "content": "Hi"}], "tools": [{}] * 10_000, "tool_choice": "none"}, "messages"),
+}
+
+
+@pytest.mark.parametrize(("path", "body", "param"), ABSURD.values(), ids=ABSURD.keys())
+def test_no_field_brings_an_absurd_text_to_the_tokenizer(path, body, param):
+    """Not one that is cut or only counted, nor what a template makes of tools: megabytes are a 400, and quickly."""
+    engine = ScriptedEngine(max_model_len=64, chat_template=CHATML.replace("[{{ tools | length }} tools]", "{{ tools }}"))
+    engine.tokenizer.encode = lambda *given, **more: pytest.fail("the tokenizer saw it") if len(given[0]) > 99 else [1]
+    assert error_of(ask(path, body, engine=engine), 400)["param"] == param
+
+
+def test_a_long_text_may_be_counted_though_it_does_not_fit():
+    """/tokenize answers for texts beyond the context."""
+    assert ask("/tokenize", {"prompt": "Once " * 4000}, engine=ScriptedEngine(max_model_len=8)).json()["count"] > 4000
+
+
 def test_limits_are_flags_and_mistakes_are_named(capsys):
     """No limit of the queue and 32 MiB unless said otherwise; a value that makes no sense ends with 2 and one line."""
     options = parse_args([]).server
     assert (options.max_num_queued_reqs, options.max_request_body_bytes) == (None, 32 * 2**20)
-    options = parse_args(["--max-num-queued-reqs", "1", "--max_request_body_bytes=5"]).server
-    assert (options.max_num_queued_reqs, options.max_request_body_bytes) == (1, 5)
-    for flag, value in (("--max-num-queued-reqs", "-1"), ("--max-request-body-bytes", "0")):
+    options = parse_args(["--max-num-queued-reqs", "1", "--max_request_body_bytes=5", "--max-num-queued-tokens", "9"]).server
+    assert (options.max_num_queued_reqs, options.max_request_body_bytes, options.max_num_queued_tokens) == (1, 5, 9)
+    for flag, value in (("--max-num-queued-reqs", "-1"), ("--max-request-body-bytes", "0"), ("--max-num-queued-tokens", "0")):
         with pytest.raises(SystemExit) as exit_info:
             parse_args([flag, value])
         assert exit_info.value.code == 2

@@ -57,7 +57,7 @@ async def scrape(client, prefix="minivllm"):
     for family in text_string_to_metric_families(response.text):
         for sample in family.samples:
             assert {"model_name": "tiny", "engine": "0"}.items() <= sample.labels.items()
-            reason = sample.labels.get("finished_reason") or sample.labels.get("le")
+            reason = sample.labels.get("finished_reason") or sample.labels.get("reason") or sample.labels.get("le")
             name = sample.name.removeprefix(prefix + ":") + (f"/{reason}" if reason else "")
             assert name != sample.name and name not in samples, f"{sample.name} has the prefix, and comes once"
             samples[name] = sample.value
@@ -154,6 +154,27 @@ def test_each_of_n_answers_counts_and_their_request_once(folder):
     got = serving(folder, story)
     assert (got["request_success_total/length"], got["time_to_first_token_seconds_count"]) == (3, 3)
     assert (got["request_params_n_count"], got["request_params_n_sum"]) == (1, 3)
+    assert (got["request_max_num_generation_tokens_count"], got["request_max_num_generation_tokens_sum"]) == (1, M)
+
+
+def test_the_longest_of_n_answers_is_told_once(folder):
+    """Answers of one request that end at different lengths, and one that is aborted: one event, of the longest, and no rest."""
+    async def story(client, engine):
+        answer = await complete(client, n=4, temperature=1, seed=3, max_tokens=60, ignore_eos=False, stop=["e", "a"],
+                                return_token_ids=True)
+        metrics = engine.engine.observer.__self__
+        task = asyncio.create_task(complete(client, n=2, temperature=1, max_tokens=3000))
+        await until(client, "num_requests_running", 2)
+        task.cancel()
+        got = await until(client, "request_success_total/abort", 2)
+        return [len(choice["token_ids"]) for choice in answer["choices"]], got, metrics.families
+
+    lengths, got, left = serving(folder, story)
+    assert len(set(lengths)) > 1, "the answers should differ in length, or this shows nothing"
+    assert got["request_max_num_generation_tokens_count"] == 2
+    aborted = got["request_generation_tokens_sum"] - sum(lengths)
+    assert max(lengths) + aborted / 2 <= got["request_max_num_generation_tokens_sum"] <= max(lengths) + aborted
+    assert left == {}, "nothing is kept of a request that has ended"
 
 
 def test_a_client_that_leaves_is_counted_as_abort(folder):
@@ -168,6 +189,7 @@ def test_a_client_that_leaves_is_counted_as_abort(folder):
 
     before, after, num_remembered = serving(folder, story, {"max_num_seqs": 1})
     assert 0 < before["kv_cache_usage_perc"] < 1, "a share, whatever the name says"
+    assert (before["num_requests_waiting_by_reason/capacity"], before["num_requests_waiting_by_reason/deferred"]) == (1, 0)
     assert (after["num_requests_running"], after["num_requests_waiting"], after["kv_cache_usage_perc"]) == (0, 0, 0)
     assert after["request_prompt_tokens_count"] == 2
     assert after["request_decode_time_seconds_count"] == 1, "the one that waited has no times"

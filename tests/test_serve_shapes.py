@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from types import SimpleNamespace
 
 import pytest
 
@@ -11,6 +12,11 @@ pytest.importorskip("fastapi", reason="the server's tests need fastapi")
 
 from serve_doubles import ScriptedEngine, ask, events
 
+from minivllm.serve.answers import Delta
+from minivllm.serve.chat import ChatAnswer
+from minivllm.serve.completions import CompletionAnswer
+from minivllm.serve.errors import ENCODER, to_json
+from minivllm.serve.prompts import Prompt
 from minivllm.serve.protocol import ChatBody, CompletionBody
 
 HELLO = {"prompt": "Once", "max_tokens": 3}
@@ -59,6 +65,18 @@ def test_a_completion_stream_is_one_chunk_per_token():
     assert [chunk["choices"][0]["finish_reason"] for chunk in chunks] == [None, None, "length"]
     assert all(set(chunk) == {"id", "object", "created", "model", "choices"} for chunk in chunks)
     assert all(set(chunk["choices"][0]) == {"index", "text", "logprobs", "finish_reason", "stop_reason"} for chunk in chunks)
+
+
+@pytest.mark.parametrize("text", ["a", "", '"\\\n\t', "é🙂\u2028", "\x00\x7f", "\ud83d"])
+def test_the_short_way_to_a_chunk_writes_the_same_bytes_as_the_long_one(text):
+    """Most chunks are text alone and are written from a template: whatever the text, as the JSON writer would."""
+    delta = Delta(text, [1], None, None, None, False)
+    for kind, body in ((CompletionAnswer, CompletionBody(prompt="x")), (ChatAnswer, ChatBody(**CHAT))):
+        service = SimpleNamespace(model_name="tiny", names=None)
+        answer = kind(service, body, "id", [Prompt([1])], [])
+        (choice,) = answer.chunk_choices(3, None, delta)
+        assert delta.is_plain
+        assert answer.plain_choice(3, ENCODER.encode(text)).encode("utf-8", "replace") == to_json(choice)
 
 
 def test_a_token_without_text_has_its_chunk():
@@ -233,6 +251,31 @@ def test_tools_are_rendered_when_nothing_must_be_parsed():
     assert "[1 tools]" in engine.tokenizer.decode(engine.streams[0].prompt)
 
 
+def test_template_variables_reach_the_template():
+    """chat_template_kwargs are variables of the template, in chat and in /tokenize; a tool's or message's own fields stay."""
+    engine = ScriptedEngine(chat_template="{% if enable_thinking %}[{{ style.name }}]{% endif %}{{ messages[0].content }}")
+    variables = {"chat_template_kwargs": {"enable_thinking": True, "style": {"name": "calm"}}}
+    assert ask("/v1/chat/completions", CHAT | variables, engine=engine).status_code == 200
+    assert engine.tokenizer.decode(engine.streams[0].prompt) == "[calm]Hi"
+    counted = ask("/tokenize", {"messages": CHAT["messages"]} | variables, engine=engine).json()["tokens"]
+    assert counted == engine.streams[0].prompt
+
+
+def test_special_tokens_are_added_to_a_template_only_when_asked_for():
+    """add_special_tokens is false for conversations, whose template writes them, and true for texts; both can be turned round."""
+    engine = ScriptedEngine()
+    encode = engine.tokenizer.encode
+    engine.tokenizer.encode = lambda text, add_special_tokens=True, **more: (
+        [2] * add_special_tokens + encode(text, add_special_tokens=False))
+    for asked, chat, text in (({}, False, True), ({"add_special_tokens": True}, True, True),
+                              ({"add_special_tokens": False}, False, False)):
+        ask("/v1/chat/completions", CHAT | asked, engine=engine)
+        ask("/v1/completions", HELLO | asked, engine=engine)
+        assert [stream.prompt[0] == 2 for stream in engine.streams[-2:]] == [chat, text], asked
+        tokens = ask("/tokenize", {"messages": CHAT["messages"]} | asked, engine=engine).json()["tokens"]
+        assert (tokens[0] == 2) == chat, "and /tokenize agrees"
+
+
 def test_fields_left_out_come_from_the_checkpoint():
     """generation_config's defaults fill what is missing or null, and nothing that was given."""
     engine = ScriptedEngine(defaults={"temperature": 0.7, "top_k": 20, "repetition_penalty": 1.1})
@@ -326,3 +369,14 @@ def test_the_openapi_document_lists_every_field_that_is_read():
     for body in (CompletionBody, ChatBody):
         assert schemas[body.__name__]["properties"].keys() == body.model_fields.keys()
     assert len(schemas["CompletionBody"]["properties"]["prompt"]["anyOf"]) == 4
+
+
+def test_the_openapi_document_tells_the_errors_that_are_sent():
+    """Every POST names 400 with the envelope and the bare 401; nothing speaks of FastAPI's 422, which is never sent."""
+    document = ask("/openapi.json", method="GET").json()
+    assert "422" not in json.dumps(document) and "HTTPValidationError" not in document["components"]["schemas"]
+    for path, methods in document["paths"].items():
+        responses = methods.get("post", methods.get("get"))["responses"]
+        assert {"200", "400", "401", "default"} <= responses.keys(), path
+        assert responses["400"]["content"]["application/json"]["schema"] == {"$ref": "#/components/schemas/ErrorBody"}
+    assert set(document["components"]["schemas"]["ErrorFields"]["properties"]) == {"message", "type", "param", "code"}

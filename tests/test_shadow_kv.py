@@ -65,7 +65,7 @@ PLANTED = [
     ("the oldest is preempted", Scheduler._allocate_or_preempt, "self.running.pop()", "self.running.pop(0)"),
     ("a request that gave way goes on", Scheduler._allocate_or_preempt, "if victim is request:", "if False:"),
     ("a step that preempts admits", Scheduler.schedule, "self.stats.num_preemptions == num_preemptions", "True"),
-    ("seats are not counted", Scheduler._schedule_waiting, ">= self.config.max_num_seqs", ">= 999"),
+    ("seats are not counted", Scheduler._schedule_waiting, ">= self.max_num_running", ">= 999"),
     ("a request that does not fit is overtaken", Scheduler._schedule_waiting, "self.waiting.peek()\n",
      "min(self.waiting, key=lambda request: request.num_tokens)\n"),
     ("an ended request keeps its blocks", Scheduler._release, "self.kv_cache_manager.free(request)", "pass"),

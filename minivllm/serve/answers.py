@@ -17,14 +17,14 @@ from typing import Any, Self
 
 from minivllm.request import CompletionOutput, Logprob, RequestOutput
 from minivllm.sampling_params import SamplingParams
-from minivllm.serve.errors import ApiError
+from minivllm.serve.errors import ENCODER, ApiError, to_json
 from minivllm.serve.prompts import Prompt
 from minivllm.serve.protocol import GenerationBody
 from minivllm.serve.service import Service, Stream
-from minivllm.serve.streams import merge
+from minivllm.serve.streams import Chunk, merge
 
 
-@dataclass
+@dataclass(slots=True)
 class Delta:
     """What one choice has gained since the last look."""
 
@@ -35,8 +35,13 @@ class Delta:
     stop_reason: int | str | None
     is_first: bool
 
+    @property
+    def is_plain(self) -> bool:
+        """Text, and nothing that is said once only."""
+        return not self.is_first and self.finish_reason is None and self.logprobs is None
 
-@dataclass
+
+@dataclass(slots=True)
 class Progress:
     """How much of one choice has been handed out."""
 
@@ -123,6 +128,13 @@ class Answer:
     def chunk_choices(self, index: int, output: RequestOutput, delta: Delta) -> list[dict[str, Any]]:
         raise NotImplementedError
 
+    def plain_choice(self, index: int, text: str) -> str:
+        """The JSON of `chunk_choices` for a token in the middle of an answer of text alone: nearly all that is ever sent.
+
+        Half the time of the general way, and the same bytes.
+        """
+        raise NotImplementedError
+
     def extras(self, output: RequestOutput) -> dict[str, Any]:
         """Further keys of a whole answer."""
         return {}
@@ -143,17 +155,23 @@ class Answer:
         return {**self.identity, "object": self.object_name, "choices": choices, "service_tier": None,
                 "system_fingerprint": self.service.fingerprint, "usage": self.usage.body(), **self.extras(last[0])}
 
-    async def chunks(self) -> AsyncGenerator[dict[str, Any]]:
-        """The answer as chunks: one per choice and token, then the usage if it was asked for."""
-        head = {**self.identity, "object": self.chunk_name}
+    async def chunks(self) -> AsyncGenerator[Chunk]:
+        """The answer as JSON chunks: one per choice and token, then the usage if it was asked for."""
+        head = to_json({**self.identity, "object": self.chunk_name})[:-1] + b',"choices":['
         continuous = self.body.includes_continuous_usage
+        has_plain_chunks = not self.body.return_token_ids
         async with aclosing(merge(self.streams)) as outputs:
             async for prompt_index, output in outputs:
                 for index, delta in self._deltas(prompt_index, output):
-                    for choice in self.chunk_choices(index, output, delta):
-                        yield {**head, "choices": [choice], **({"usage": self.usage.body()} if continuous else {})}
+                    if has_plain_chunks and delta.is_plain:
+                        choices = [self.plain_choice(index, ENCODER.encode(delta.text)).encode("utf-8", "replace")]
+                    else:
+                        choices = [to_json(choice) for choice in self.chunk_choices(index, output, delta)]
+                    end = b'],"usage":%b}' % to_json(self.usage.body()) if continuous else b"]}"
+                    for choice in choices:
+                        yield head + choice + end
         if self.body.includes_usage:
-            yield {**head, "choices": [], "usage": self.usage.body()}
+            yield head + b'],"usage":%b}' % to_json(self.usage.body())
 
     def _deltas(self, prompt_index: int, output: RequestOutput) -> list[tuple[int, Delta]]:
         """(index in the answer, what is new) for every choice of one prompt that has moved."""

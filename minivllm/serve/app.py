@@ -21,7 +21,7 @@ from minivllm.serve.answers import Answer
 from minivllm.serve.auth import ApiKeyMiddleware
 from minivllm.serve.chat import ChatAnswer
 from minivllm.serve.completions import CompletionAnswer
-from minivllm.serve.errors import ApiError, install_error_handlers, json_response
+from minivllm.serve.errors import ERROR_RESPONSES, ApiError, install_error_handlers, json_response
 from minivllm.serve.limits import BodyLimitMiddleware
 from minivllm.serve.protocol import Body, ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from minivllm.serve.sampling import chat_params, completion_params
@@ -29,7 +29,7 @@ from minivllm.serve.service import Service
 from minivllm.serve.streams import ClientGoneError, EventStream, race
 from minivllm.version import __version__
 
-router = APIRouter()
+router = APIRouter(responses=ERROR_RESPONSES)
 CLIENT_CLOSED_REQUEST = 499  # nginx's code; it is sent to nobody and seen in the log only
 
 

@@ -17,13 +17,20 @@ from typing import Any, NoReturn
 
 from minivllm.config import ATTENTION_BACKENDS, DTYPES, LOAD_FORMATS, EngineConfig
 from minivllm.engine_args import NEUTRAL, WITHOUT_EFFECT, engine_config_from_kwargs, nearest_name
-from minivllm.exceptions import ValidationError
+from minivllm.exceptions import UnsupportedError, ValidationError
+from minivllm.serve.connection import ConnectionOptions, add_connection_flags, take_connection_options
 from minivllm.serve.limits import DEFAULT_BODY_BYTES
 from minivllm.serve.service import ServerOptions
 
 EMBEDDED_NAME = "minivllm-tiny"
 ENVIRONMENT = ("Environment: MINIVLLM_API_KEY, see --api-key; MINIVLLM_CACHE_ROOT, where compiled kernels are kept between starts "
                "(default: ~/.cache/minivllm); MINIVLLM_LOGGING_LEVEL (default: INFO); MINIVLLM_USE_MODELSCOPE=1.")
+# vLLM's flags for what this server lacks -> the values at which they ask for nothing (engine_args.py has the engine's)
+SERVER_NEUTRAL: dict[str, tuple[object, ...]] = {
+    "lora_modules": (), "max_loras": (1,), "max_lora_rank": (16,), "override_generation_config": ({},),
+    "enable_auto_tool_choice": (), "tool_call_parser": (), "trust_request_chat_template": (), "enable_log_requests": (),
+    "enable_server_load_tracking": (), "enable_prompt_tokens_details": (True,), "sse_keep_alive_interval": (0,),
+}
 LOG_LEVELS = ("critical", "error", "warning", "info", "debug", "trace")
 
 
@@ -37,6 +44,7 @@ class ServeArgs:
     port: int
     uvicorn_log_level: str
     shutdown_timeout: float
+    connection: ConnectionOptions
 
     @property
     def is_loopback(self) -> bool:
@@ -80,10 +88,11 @@ def _dashed(argument: str) -> str:
 def build_parser(prog: str) -> OneLineParser:
     parser = OneLineParser(prog=prog, allow_abbrev=False, description="Serve a model over OpenAI's HTTP API.", epilog=ENVIRONMENT)
     _add_server_flags(parser.add_argument_group("server"))
+    add_connection_flags(parser.add_argument_group("connections"))
     _add_model_flags(parser.add_argument_group("model"))
     _add_engine_flags(parser.add_argument_group("engine"))
     known = {action.dest for action in parser._actions}
-    for name in (*NEUTRAL, *WITHOUT_EFFECT):
+    for name in (*NEUTRAL, *WITHOUT_EFFECT, *SERVER_NEUTRAL):
         if name not in known:  # no help: they are here for scripts written for vLLM
             parser.add_argument(_flag(name), nargs="?", const=True, type=_json_or_text, help=argparse.SUPPRESS)
     return parser
@@ -103,6 +112,8 @@ def _add_server_flags(group: Any) -> None:
     group.add_argument("--disable-log-stats", action="store_true", help="no line about throughput and load every 10 seconds")
     group.add_argument("--max-num-queued-reqs", type=int, metavar="N",
                        help="most requests that run and wait together; more are answered 503 (default: no limit)")
+    group.add_argument("--max-num-queued-tokens", type=int, metavar="TOKENS",
+                       help="prompt tokens without a first answer token, at which more are answered 503 (default: no limit)")
     group.add_argument("--max-request-body-bytes", type=int, default=DEFAULT_BODY_BYTES, metavar="BYTES",
                        help="largest body; a larger one is answered 413 (default: %(default)s)")
     group.add_argument("--step-control", action="store_true", help="let the live page pause, step and resume the engine")
@@ -173,18 +184,25 @@ def _to_serve_args(values: dict[str, Any]) -> ServeArgs:
         raise ValidationError(f"must be in [0, 65535], got {port}", parameter="port")
     if not 0 <= timeout < float("inf"):
         raise ValidationError(f"must be a number of seconds, 0 or more, got {timeout}", parameter="shutdown_timeout")
+    _refuse_missing(values)
     names = tuple(values.pop("served_model_name", None) or [model or EMBEDDED_NAME])
     keys = _api_keys(values.pop("api_key", None))
-    max_queued, max_bytes = values.pop("max_num_queued_reqs", None), values.pop("max_request_body_bytes")
-    for name, value, least in (("max_num_queued_reqs", max_queued, 1), ("max_request_body_bytes", max_bytes, 1)):
-        if value is not None and value < least:
-            raise ValidationError(f"must be {least} or more, got {value}", parameter=name)
+    limits = {name: values.pop(name, None) for name in ("max_num_queued_reqs", "max_num_queued_tokens", "max_request_body_bytes")}
+    for name, value in limits.items():
+        if value is not None and value < 1:
+            raise ValidationError(f"must be 1 or more, got {value}", parameter=name)
     server = ServerOptions(names, model or EMBEDDED_NAME, keys, values.pop("ignore_unknown_fields"),
                            metrics_prefix=_metrics_prefix(values.pop("metrics_prefix")),
-                           log_stats=not values.pop("disable_log_stats"), max_num_queued_reqs=max_queued,
-                           max_request_body_bytes=max_bytes, step_control=values.pop("step_control"))
-    log_level = values.pop("uvicorn_log_level")
-    return ServeArgs(engine_config_from_kwargs(model=model, **values), server, host, port, log_level, timeout)
+                           log_stats=not values.pop("disable_log_stats"), step_control=values.pop("step_control"), **limits)
+    log_level, connection = values.pop("uvicorn_log_level"), take_connection_options(values)
+    return ServeArgs(engine_config_from_kwargs(model=model, **values), server, host, port, log_level, timeout, connection)
+
+
+def _refuse_missing(values: dict[str, Any]) -> None:
+    for name, neutral in SERVER_NEUTRAL.items():
+        value = values.pop(name, None)
+        if value is not None and value not in neutral:
+            raise UnsupportedError("is not implemented in minivllm: leave it out", parameter=name, value=value)
 
 
 def _metrics_prefix(prefix: str) -> str:

@@ -57,6 +57,9 @@ class ChatAnswer(Answer):
         choices.append(choice)
         return choices
 
+    def plain_choice(self, index: int, text: str) -> str:
+        return f'{{"index":{index},"delta":{{"content":{text}}},"logprobs":null,"finish_reason":null,"stop_reason":null}}'
+
     def _logprobs(self, delta: Delta) -> dict[str, Any] | None:
         if delta.logprobs is None:
             return None

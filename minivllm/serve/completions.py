@@ -44,6 +44,9 @@ class CompletionAnswer(Answer):
                 choice["prompt_token_ids"] = output.prompt_token_ids
         return [choice]
 
+    def plain_choice(self, index: int, text: str) -> str:
+        return f'{{"index":{index},"text":{text},"logprobs":null,"finish_reason":null,"stop_reason":null}}'
+
     def _common(self, index: int, output: RequestOutput, delta: Delta) -> dict[str, Any]:
         if self.is_scoring:  # the one sampled token is not part of the answer
             delta = Delta("", [], None if delta.logprobs is None else [], delta.finish_reason, None, delta.is_first)

@@ -17,6 +17,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exception_handlers import http_exception_handler
 from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
@@ -34,6 +35,35 @@ ERROR_TYPES = {
 }
 MAX_LISTED_ERRORS = 10
 MAX_SHOWN_INPUT = 200
+
+
+class ErrorFields(BaseModel):
+    """What an error tells."""
+
+    message: str
+    type: str
+    param: str | None
+    code: int
+
+
+class ErrorBody(BaseModel):
+    """The envelope of every error but a missing key and an unknown path."""
+
+    error: ErrorFields
+
+
+class Unauthorized(BaseModel):
+    """The body of a 401."""
+
+    error: str
+
+
+# For the OpenAPI document. Without "default" FastAPI would write of a 422, which this server never sends.
+ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
+    400: {"model": ErrorBody, "description": "The body or one of its fields is wrong: `param` names it"},
+    401: {"model": Unauthorized, "description": "The server has keys and the request carries none of them"},
+    "default": {"model": ErrorBody, "description": "404 unknown model, 413 body too large, 500 failure, 503 busy or shutting down"},
+}
 
 
 class ApiError(Exception):
@@ -60,6 +90,8 @@ def to_api_error(error: BaseException) -> ApiError:
         return ApiError(str(error), param=error.parameter)
     if isinstance(error, NotImplementedError):
         return ApiError(str(error), status=501)
+    if isinstance(error, RecursionError):
+        return ApiError("the body is nested too deeply")
     if isinstance(error, EngineDeadError):
         return ApiError("The engine has stopped and answers no more requests.", status=500)
     return ApiError("Internal server error", status=500)
@@ -86,9 +118,12 @@ def _shorten(value: object) -> str:
     return shown if len(shown) <= MAX_SHOWN_INPUT else shown[:MAX_SHOWN_INPUT] + "..."
 
 
+ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))  # json.dumps would make one for every call
+
+
 def to_json(content: Any) -> bytes:
     """Compact UTF-8. A lone surrogate, which JSON allows in a request and UTF-8 does not in an answer, becomes `?`."""
-    return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+    return ENCODER.encode(content).encode("utf-8", "replace")
 
 
 def json_response(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
@@ -118,7 +153,7 @@ def install_error_handlers(app: FastAPI) -> None:
             return error_response(ApiError(str(error.detail), status=413, param="body"))
         return await http_exception_handler(request, error)  # unknown paths and methods keep {"detail": ...}
 
-    for kind in (ApiError, ValidationError, NotImplementedError, EngineDeadError, Exception):
+    for kind in (ApiError, ValidationError, NotImplementedError, RecursionError, EngineDeadError, Exception):
         app.add_exception_handler(kind, on_error)
     app.add_exception_handler(RequestValidationError, on_bad_body)
     app.add_exception_handler(HTTPException, on_http_error)

@@ -70,7 +70,6 @@ REFUSED: dict[str, tuple[object, ...]] = {
     "verbosity": ("medium",),
     "documents": ([],),
     "chat_template": (),
-    "chat_template_kwargs": ({},),
 }
 ADVICE = {
     "chat_template": "start the server with --chat-template instead",

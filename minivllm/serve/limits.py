@@ -5,6 +5,7 @@ cheap: a body before it is parsed, a request before it is tokenised or holds a b
 
     --max-request-body-bytes    413, by Content-Length or as soon as a chunked body is found to be longer
     --max-num-queued-reqs       503 and Retry-After, so that clients come back (OpenAI's do by themselves)
+    --max-num-queued-tokens     the same: 503, counted by the prompts that have no token of their answer yet
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from minivllm.serve.errors import ApiError, error_response
 DEFAULT_BODY_BYTES = 32 * 2**20
 RETRY_AFTER_SECONDS = 1
 BUSY = "The engine is currently busy and cannot accept new requests. Please try again later or on a different instance."
+BACKLOG = ("The engine has reached its prefill token backlog limit. Please try again later or on a different instance.")
 
 
 class BodyLimitMiddleware:
@@ -61,24 +63,42 @@ def body_too_large(max_bytes: int) -> ApiError:
                     "--max-request-body-bytes.", status=413, param="body")
 
 
-class QueueLimit:
-    """At most `limit` requests run and wait together (vLLM: AsyncLLM.check_admission); one for n answers counts n times.
+class BusyError(ApiError):
+    """A request that may come again later; `reason` is the limit that was reached."""
 
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message, status=503, kind=HTTPStatus.SERVICE_UNAVAILABLE.phrase,
+                         headers={"Retry-After": str(RETRY_AFTER_SECONDS)})
+        self.reason = reason
+
+
+class QueueLimit:
+    """At most `max_reqs` requests run and wait together (vLLM: AsyncLLM.check_admission); one for n answers counts n times.
+
+    And nobody comes in while prompts of `max_tokens` tokens or more, cached ones included, wait for their first token.
     Decided on the engine's thread, in the command that queues: no other can come between.
     """
 
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
+    def __init__(self, max_reqs: int | None, max_tokens: int | None = None) -> None:
+        self.max_reqs = max_reqs
+        self.max_tokens = max_tokens
         self.num_coming = 0  # of bodies that are let in, and whose commands have not all run yet
 
     def check(self, core: Any, num_requests: int = 1) -> None:
-        """Raise `ApiError`: 503 if so many more may not come now, 400 if they never may."""
-        if num_requests > self.limit:
-            raise ApiError(f"{num_requests} answers at once are more than the {self.limit} that may run and wait together "
-                           "(max_num_queued_reqs): split the request", param="n")
-        if len(core.scheduler.requests) + self.num_coming + num_requests > self.limit:
-            raise ApiError(BUSY, status=503, kind=HTTPStatus.SERVICE_UNAVAILABLE.phrase,
-                           headers={"Retry-After": str(RETRY_AFTER_SECONDS)})
+        """Raise `BusyError` if so many more may not come now, `ApiError` (400) if they never may."""
+        if self.max_reqs is not None:
+            if num_requests > self.max_reqs:
+                raise ApiError(f"{num_requests} answers at once are more than the {self.max_reqs} that may run and wait together "
+                               "(max_num_queued_reqs): split the request", param="n")
+            if len(core.scheduler.requests) + self.num_coming + num_requests > self.max_reqs:
+                raise BusyError(BUSY, "max_num_queued_reqs")
+        if self.max_tokens is not None and _num_queued_tokens(core.scheduler) >= self.max_tokens:
+            raise BusyError(BACKLOG, "max_num_queued_tokens")
+
+
+def _num_queued_tokens(scheduler: Any) -> int:
+    """Prompt tokens of all requests that have no token of their answer. list() is one step for other threads."""
+    return sum(request.num_prompt_tokens for request in list(scheduler.requests.values()) if not request.num_output_tokens)
 
 
 class Entry:

@@ -22,7 +22,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from minivllm.exceptions import EngineDeadError
-from minivllm.serve.errors import ApiError, json_response
+from minivllm.serve.errors import ERROR_RESPONSES, ApiError, json_response
 from minivllm.serve.streams import EventStream
 
 if TYPE_CHECKING:
@@ -35,8 +35,8 @@ MAX_BUFFERED = 512  # records: half a second of a fast GPU's steps
 TICK = 1 / 30  # seconds between two events
 QUIET_SECONDS = 0.1  # without a step for so long, look for what changed without one
 HEARTBEAT_SECONDS = 15.0  # so that proxies keep the connection
-router = APIRouter()
-control_router = APIRouter(prefix="/control")
+router = APIRouter(responses=ERROR_RESPONSES)
+control_router = APIRouter(prefix="/control", responses=ERROR_RESPONSES)
 
 
 def without_tokens(record: Record) -> Record:

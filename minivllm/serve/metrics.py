@@ -53,6 +53,7 @@ HISTOGRAMS: dict[str, tuple[tuple[float, ...], str]] = {
     "iteration_tokens_total": (PER_STEP, "Prompt tokens computed and tokens generated in a step."),
     "request_prompt_tokens": (LENGTHS, "Length of a request's prompt."),
     "request_generation_tokens": (LENGTHS, "Length of a request's answer."),
+    "request_max_num_generation_tokens": (LENGTHS, "Length of the longest of a request's n answers."),
     "request_params_max_tokens": (LENGTHS, "max_tokens of a request."),
     "request_params_n": ((1, 2, 5, 10, 20), "n of a request."),
     "request_num_preemptions": ((1, 2, 3, 4, 5, 10, 20), "How often a request was preempted."),
@@ -107,6 +108,8 @@ class EngineMetrics(Collector):
         lengths = length_edges(engine.config.max_model_len)
         self.histograms = {name: Histogram(edges or lengths) for name, (edges, _) in HISTOGRAMS.items()}
         self.num_ended = dict.fromkeys(FINISH_REASONS.values(), 0)
+        self.num_rejected = {"max_num_queued_reqs": 0, "max_num_queued_tokens": 0}  # the event loop counts these
+        self.families: dict[str, list[int]] = {}  # lengths of the answers that have ended, of requests for several
         self.last_tokens: dict[str, float] = {}  # when each unfinished request got its newest token
         self.clock = clock
         self.logged_at, self.logged = clock(), (0, 0, 0)
@@ -149,11 +152,19 @@ class EngineMetrics(Collector):
                   "request_num_preemptions": request.num_preemptions, **seconds_of(request)}
         if request.max_tokens is not None:
             values["request_params_max_tokens"] = request.max_tokens
-        n = request.sampling_params.n
-        if n == 1 or request.request_id.startswith("0_"):  # the first of n answers speaks for their request
-            values["request_params_n"] = n
+        values |= self._end_of_family(request)
         for name, value in values.items():
             self.histograms[name].observe(value)
+
+    def _end_of_family(self, request: Request) -> dict[str, int]:
+        """What is told once of a request for n answers, when the last of them has ended."""
+        n = request.sampling_params.n
+        parent = request.request_id if n == 1 else request.request_id.partition("_")[2]  # a child is "0_parent" (engine.py)
+        lengths = [*self.families.pop(parent, ()), request.num_output_tokens]
+        if len(lengths) < n:
+            self.families[parent] = lengths
+            return {}
+        return {"request_params_n": n, "request_max_num_generation_tokens": max(lengths)}
 
     # On any thread ------------------------------------------------------------------------------------------------------------
 
@@ -168,15 +179,22 @@ class EngineMetrics(Collector):
             counter = CounterMetricFamily(f"{self.prefix}:{name}", what, labels=LABELS)
             counter.add_metric(self.labels, count(self.engine.stats))
             yield counter
-        ended = CounterMetricFamily(f"{self.prefix}:request_success", "Requests that ended, in whatever way.",
-                                    labels=(*LABELS, "finished_reason"))
-        for reason, number in self.num_ended.items():
-            ended.add_metric((*self.labels, reason), number)
-        yield ended
+        yield self._by("finished_reason", CounterMetricFamily, "request_success", "Requests that ended, in whatever way.",
+                       self.num_ended)
+        yield self._by("reason", CounterMetricFamily, "admission_rejections", "Requests refused because a limit was reached.",
+                       self.num_rejected)
         for name, histogram in self.histograms.items():
             family = HistogramMetricFamily(f"{self.prefix}:{name}", HISTOGRAMS[name][1], labels=LABELS)
             family.add_metric(self.labels, histogram.buckets, histogram.sum)
             yield family
+
+    def _by(self, label: str, kind: type[CounterMetricFamily | GaugeMetricFamily], name: str, what: str,
+            values: dict[str, int]) -> Metric:
+        """A metric with one sample for each value of a label."""
+        family = kind(f"{self.prefix}:{name}", what, labels=(*LABELS, label))
+        for value, number in values.items():
+            family.add_metric((*self.labels, value), number)
+        return family
 
     def _gauges(self) -> Iterator[Metric]:
         scheduler, manager = self.engine.scheduler, self.engine.kv_cache_manager
@@ -186,6 +204,9 @@ class EngineMetrics(Collector):
             gauge = GaugeMetricFamily(f"{self.prefix}:{name}", what, labels=LABELS)
             gauge.add_metric(self.labels, value)
             yield gauge
+        # vLLM defers requests whose LoRA or remote KV is on its way; here all that wait want room
+        yield self._by("reason", GaugeMetricFamily, "num_requests_waiting_by_reason", "Requests that wait, by what they wait for.",
+                       {"capacity": len(scheduler.waiting), "deferred": 0})
         num_slots = (manager.num_blocks - 1) * manager.block_size
         facts = {"block_size": manager.block_size, "num_gpu_blocks": manager.num_blocks, "kv_cache_size_tokens": num_slots,
                  "kv_cache_max_concurrency": round(num_slots / manager.max_model_len, 2),

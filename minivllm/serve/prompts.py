@@ -9,12 +9,13 @@ from __future__ import annotations
 import asyncio
 import functools
 import json
+import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from minivllm.chat import render_chat
+from minivllm.chat import chat_text
 from minivllm.exceptions import ValidationError
 from minivllm.input_processor import MAX_CHARS_PER_TOKEN
 from minivllm.serve.errors import ApiError
@@ -22,6 +23,7 @@ from minivllm.serve.protocol import ChatBody, CompletionBody, GenerationBody, Me
 
 MAX_PROMPTS = 1024
 SHORT_TEXT = 4096  # characters: about a millisecond of tokenising, less than a thread's round trip is worth
+LONGEST_TEXT = 4 * 2**20  # characters: seconds of tokenising. A text may be longer only if the model's context is
 T = TypeVar("T")
 
 
@@ -52,7 +54,7 @@ class PromptReader:
         prompts = []
         for item in split_prompts(body.prompt):
             if isinstance(item, str):
-                self._refuse_absurd(item, body)
+                self._refuse_absurd(len(item), body)
                 encode = functools.partial(self.encode, item, body.add_special_tokens is not False)
                 prompts.append(Prompt(self._fit(await self._run(len(item), encode), body), item))
             else:
@@ -62,36 +64,41 @@ class PromptReader:
 
     async def read_chat(self, body: ChatBody) -> Prompt:
         """The conversation, rendered by the chat template. Raises `ApiError` or `ValidationError`."""
-        num_chars = _count_chars(body.messages)
-        if num_chars > self.max_model_len * MAX_CHARS_PER_TOKEN and body.truncate_prompt_tokens is None:
-            self._refuse_length(f"at least {num_chars // MAX_CHARS_PER_TOKEN}", "messages")
-        token_ids = await self._run(num_chars, lambda: self.render(body, body.messages))
+        add_special_tokens = body.add_special_tokens is True
+        token_ids = await self._run(_count_chars(body), lambda: self.render(body, body.messages, add_special_tokens))
         return Prompt(self._fit(token_ids, body, param="messages"))
 
-    def render(self, body: TemplateFields, messages: list[Message]) -> list[int]:
-        """Token ids of a conversation. Raises `ValidationError`."""
+    def render(self, body: ChatBody | TokenizeBody, messages: list[Message], add_special_tokens: bool) -> list[int]:
+        """Token ids of a conversation. The template writes its special tokens itself; others are added when asked for.
+
+        Raises `ApiError` or `ValidationError`.
+        """
+        self._refuse_absurd(sum(len(str(message.content)) for message in messages), body, "messages")
         continues = bool(body.continue_final_message)
         entries = [_to_template(message) for message in messages]
         try:
-            return render_chat(self.tokenizer, entries, chat_template=self.chat_template, tools=body.tools,
-                               continue_final_message=continues,
-                               add_generation_prompt=body.add_generation_prompt is not False and not continues)
-        except (TypeError, UnicodeError) as error:  # a lone surrogate: legal in JSON, no text
+            text = chat_text(self.tokenizer, entries, chat_template=self.chat_template, tools=body.tools,
+                             continue_final_message=continues, template_kwargs=body.chat_template_kwargs,
+                             add_generation_prompt=body.add_generation_prompt is not False and not continues)
+        except UnicodeError as error:  # a lone surrogate: legal in JSON, no text
             raise ApiError(f"the messages cannot be tokenised: {error}", param="messages") from error
+        self._refuse_absurd(len(text), body, "messages")  # tools and other variables are part of it
+        return self.encode(text, add_special_tokens, "messages")
 
-    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+    def encode(self, text: str, add_special_tokens: bool, param: str = "prompt") -> list[int]:
         try:
             # verbose=False: transformers would warn about long texts, and the check of length is ours
             return list(self.tokenizer.encode(text, add_special_tokens=add_special_tokens, verbose=False))
         except (TypeError, UnicodeError) as error:  # a lone surrogate: legal in JSON, no text
-            raise ApiError(f"the prompt cannot be tokenised: {error}", param="prompt") from error
+            raise ApiError(f"the {param} cannot be tokenised: {error}", param=param) from error
 
     async def read_tokenize(self, body: TokenizeBody) -> list[int]:
         """Token ids only: what is too long for the model may still be counted."""
         if body.messages is not None:
             messages = body.messages
-            return await self._run(_count_chars(messages), lambda: self.render(body, messages))
+            return await self._run(_count_chars(body), lambda: self.render(body, messages, body.add_special_tokens is True))
         text = body.prompt or ""
+        self._refuse_absurd(len(text), body)
         return await self._run(len(text), lambda: self.encode(text, body.add_special_tokens is not False))
 
     def check_token_ids(self, token_ids: list[int], param: str = "prompt") -> None:
@@ -104,10 +111,17 @@ class PromptReader:
             return work()
         return await asyncio.get_running_loop().run_in_executor(self._worker, work)
 
-    def _refuse_absurd(self, text: str, body: GenerationBody) -> None:
-        """No token has more characters than MAX_CHARS_PER_TOKEN: some texts are too long before they are tokenised."""
-        if body.truncate_prompt_tokens is None and len(text) > self.max_model_len * MAX_CHARS_PER_TOKEN:
-            self._refuse_length(f"at least {len(text) // MAX_CHARS_PER_TOKEN}", "prompt")
+    def _refuse_absurd(self, num_chars: int, body: GenerationBody | TokenizeBody, param: str = "prompt") -> None:
+        """No token has more characters than MAX_CHARS_PER_TOKEN: some texts are too long before they are tokenised.
+
+        A text that is cut or only counted may be longer than the context, and still not of any length.
+        """
+        most = self.max_model_len * MAX_CHARS_PER_TOKEN
+        if isinstance(body, GenerationBody) and body.truncate_prompt_tokens is None and num_chars > most:
+            self._refuse_length(f"at least {math.ceil(num_chars / MAX_CHARS_PER_TOKEN)}", param)
+        if num_chars > max(most, LONGEST_TEXT):
+            raise ApiError(f"a text of {num_chars} characters is not tokenised: {max(most, LONGEST_TEXT)} are the most that this "
+                           "server takes", param=param)
 
     def _fit(self, token_ids: list[int], body: GenerationBody, param: str = "prompt") -> list[int]:
         """Cut as `truncate_prompt_tokens` asks, and refuse what is still too long."""
@@ -159,8 +173,9 @@ def split_prompts(raw: object) -> list[str | list[int]]:
 PROMPT_FORMS = "prompt must be a string, a list of strings, a list of token ids or a list of lists of token ids"
 
 
-def _count_chars(messages: list[Message]) -> int:
-    return sum(len(str(message.content)) for message in messages)
+def _count_chars(body: TemplateFields) -> int:
+    """About how much a template has to render: its time decides where that is done."""
+    return len(str(body))
 
 
 def _is_ids(items: list[object]) -> bool:

@@ -139,14 +139,25 @@ class Message(BaseModel):
     ]})] = None
 
 
+# What `apply_chat_template` and the templates' renderer take for themselves: as a variable each would change the call.
+RESERVED_VARIABLES = frozenset(
+    "self conversation conversations messages tools documents chat_template add_generation_prompt continue_final_message tokenize "
+    "sanitize_control_tokens padding truncation max_length return_tensors return_dict return_assistant_tokens_mask "
+    "tokenizer_kwargs".split())
+
+
 class TemplateFields(Body):
     """What a chat template is given besides the messages: for chat, and for /tokenize."""
 
     tools: list[dict[str, Any]] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
 
     def check_template_fields(self) -> None:
+        if reserved := sorted(RESERVED_VARIABLES & (self.chat_template_kwargs or {}).keys()):
+            raise ApiError(f"chat_template_kwargs must not hold {', '.join(reserved)}: these are set by other fields or by the "
+                           "server", param="chat_template_kwargs")
         if self.tools is not None and not self.tools:
             raise ApiError("tools must not be an empty list: leave the field out", param="tools")
         if self.continue_final_message and self.add_generation_prompt:

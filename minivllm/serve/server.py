@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import gc
 import logging
 import os
 import signal
@@ -85,7 +86,10 @@ def serve(args: ServeArgs, listener: socket.socket) -> NoReturn:
         logger.warning("listening on %s without --api-key: everyone who reaches this address can use the model", args.host)
     engine = AsyncEngine.from_config(args.engine)
     service = Service(engine, args.server)
-    config = uvicorn.Config(create_app(service), log_level=args.uvicorn_log_level, timeout_graceful_shutdown=1)
+    gc.collect()
+    gc.freeze()  # what is loaded by now lives to the end: the collector need not look at 400,000 objects again and again
+    config = uvicorn.Config(create_app(service), log_level=args.uvicorn_log_level, timeout_graceful_shutdown=1,
+                            **args.connection.for_uvicorn())
     server = Server(config, service, args.shutdown_timeout, banner(args, listener.getsockname()[1]))
     for number in (signal.SIGINT, signal.SIGTERM):
         # uvicorn raises the signal again when it has ended; by then there is nothing left to do.
@@ -114,7 +118,7 @@ def _raise_file_limit() -> None:
 def banner(args: ServeArgs, port: int) -> str:
     """Where the server is, and a command to try at once."""
     host = "127.0.0.1" if args.host in ("0.0.0.0", "::", "") else f"[{args.host}]" if ":" in args.host else args.host
-    url = f"http://{host}:{port}"
+    url = f"{'https' if args.connection.ssl_certfile else 'http'}://{host}:{port}"
     key = ' -H "Authorization: Bearer $MINIVLLM_API_KEY"' if args.server.api_keys else ""
     return (f"minivllm serves {args.server.served_model_names[0]} at {url}. Open it in a browser, or try:\n\n"
             f'  curl -s {url}/v1/chat/completions -H "Content-Type: application/json"{key} \\\n'

@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import itertools
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -19,7 +19,7 @@ from minivllm.exceptions import EngineDeadError
 from minivllm.request import RequestOutput
 from minivllm.sampling_params import MAX_N, SamplingParams
 from minivllm.serve.errors import ApiError
-from minivllm.serve.limits import DEFAULT_BODY_BYTES, Entry, QueueLimit
+from minivllm.serve.limits import DEFAULT_BODY_BYTES, BusyError, Entry, QueueLimit
 from minivllm.serve.live import Live
 from minivllm.serve.logprobs import TokenNames
 from minivllm.serve.metrics import EngineMetrics
@@ -67,6 +67,7 @@ class ServerOptions:
     metrics_prefix: str = "minivllm"
     log_stats: bool = True
     max_num_queued_reqs: int | None = None
+    max_num_queued_tokens: int | None = None
     max_request_body_bytes: int = DEFAULT_BODY_BYTES
     step_control: bool = False
 
@@ -89,8 +90,8 @@ class Service:
         self.metrics = EngineMetrics(core, self.model_name, options.metrics_prefix)
         self.live = Live(engine, options.step_control)
         self._numbers = itertools.count()
-        limit = options.max_num_queued_reqs
-        self.queue = None if limit is None else QueueLimit(limit)
+        limits = options.max_num_queued_reqs, options.max_num_queued_tokens
+        self.queue = None if limits == (None, None) else QueueLimit(*limits)
         self.is_draining = False
         self.stopping = asyncio.Event()
 
@@ -108,11 +109,22 @@ class Service:
     def check_admission(self) -> None:
         if self.is_draining:
             raise ApiError("The server is shutting down.", status=503)
+        if self.engine.errored:
+            raise EngineDeadError("the engine has ended by a failure")
 
     def check_queue(self) -> None:
         """Refuse before anything is tokenised what will surely be refused. A look from outside; the engine's thread decides."""
         if self.queue is not None:
-            self.queue.check(self.engine.engine)
+            with self._counting_rejections():
+                self.queue.check(self.engine.engine)
+
+    @contextlib.contextmanager
+    def _counting_rejections(self) -> Iterator[None]:
+        try:
+            yield
+        except BusyError as error:
+            self.metrics.num_rejected[error.reason] += 1
+            raise
 
     async def admit(self, prompts: Sequence[Prompt], params: SamplingParams, response_id: str,
                     cache_salt: str | None) -> list[Stream]:
@@ -128,7 +140,8 @@ class Service:
             for prompt in prompts
         ]
         try:
-            return list(await asyncio.gather(*entering))
+            with self._counting_rejections():
+                return list(await asyncio.gather(*entering))
         except BaseException:
             for task in entering:
                 task.cancel()

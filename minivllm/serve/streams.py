@@ -20,6 +20,7 @@ from minivllm.serve.errors import ApiError, error_response, to_api_error, to_jso
 
 logger = logging.getLogger("minivllm.serve")
 T = TypeVar("T")
+Chunk = bytes | dict[str, Any]  # one event: JSON as it is sent, or what is written as it
 Queue = asyncio.Queue[tuple[int, RequestOutput | Exception | None]]  # None: this stream has ended
 
 
@@ -95,7 +96,7 @@ class EventStream(Response):
     comes later is an event. `close` is called once, however it ends.
     """
 
-    def __init__(self, chunks: AsyncGenerator[dict[str, Any]], close: Callable[[], None], stopping: asyncio.Event) -> None:
+    def __init__(self, chunks: AsyncGenerator[Chunk], close: Callable[[], None], stopping: asyncio.Event) -> None:
         super().__init__(media_type="text/event-stream", headers={"cache-control": "no-cache"})
         del self.headers["content-length"]
         self.chunks = chunks
@@ -105,7 +106,7 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await race(self._send_all(send), receive, self.stopping)
+            await race(self._send_all(scope, send), receive, self.stopping)
         except ClientGoneError:
             pass
         except Exception as error:
@@ -116,12 +117,17 @@ class EventStream(Response):
             self.close()
             await self.chunks.aclose()
 
-    async def _send_all(self, send: Send) -> None:
+    async def _send_all(self, scope: Scope, send: Send) -> None:
+        writer = scope.get("minivllm.writer")  # ours, see connection.py; any other server has ASGI's way alone
         async for chunk in self.chunks:
             if not self.has_started:
                 self.has_started = True
                 await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            await self._send_event(to_json(chunk), send)
+            data = chunk if isinstance(chunk, bytes) else to_json(chunk)
+            if writer is None:
+                await self._send_event(data, send)
+            else:
+                await writer.write(b"data: %b\n\n" % data)
         await self._finish(send)
 
     async def _send_error(self, error: Exception, scope: Scope, receive: Receive, send: Send) -> None:
