@@ -94,8 +94,8 @@ def count_code_lines(path: Path) -> int:
 
 
 def test_the_engine_can_be_read_in_an_afternoon():
-    """The engine is at most 3,360 lines of code and its fast rungs 575 more, which can be left out, and at most 0.7 lines of prose and space for each;
-    server, bench, training program and course come on top.
+    """The engine is at most 3,360 lines of code and its fast rungs 575 more, which can be left out, with at most 0.7 lines of
+    prose and space for each; server, bench, training program and course come on top.
     """
     engine = [path for path in MODULES if path.relative_to(PACKAGE).parts[0].removesuffix(".py") not in NOT_ENGINE]
     code = {path.stem: count_code_lines(path) for path in engine}
