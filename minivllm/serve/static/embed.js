@@ -1,5 +1,5 @@
 // A recorded trace on any page, without a server: <div data-trace="run.trace.jsonl"></div>, this module and viewer.css.
-// With an empty attribute the page's address names the file: ?trace=run.trace.jsonl.
+// With an empty attribute the page's address names the file: ?trace=run.trace.jsonl. With data-play it begins to play.
 
 import { h, setText } from "./dom.js";
 import { Player } from "./player.js";
@@ -16,6 +16,7 @@ async function embed(element) {
     const response = await fetch(address);
     if (!response.ok) throw new Error(`there is none (${response.status}).`);
     player.open(address.split("/").at(-1), await response.text());
+    if ("play" in element.dataset && !matchMedia("(prefers-reduced-motion: reduce)").matches) player.start();
   } catch (error) {
     setText(problem, `${address}: ${error.message}`);
   }
