@@ -7,7 +7,8 @@ import json
 import pytest
 
 pytest.importorskip("fastapi", reason="the server's tests need fastapi")
-pytest.importorskip("httpx", reason="the client of the bench is httpx")
+pytest.importorskip("aiohttp", reason="the client of the bench is aiohttp")
+pytest.importorskip("httpx", reason="the tests of the server ask it by httpx")
 
 from serve_process import ServeProcess
 

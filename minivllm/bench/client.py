@@ -1,23 +1,26 @@
 """HTTP to any OpenAI server: payloads as vLLM's tool sends them, one streamed request, and questions before and after a run.
 
 Owns the wire. What the times mean stands in stream.py. A request that fails becomes a record with its error, never an exception.
+aiohttp, as in vLLM's tool: where server and client share a machine, a client with 200 microseconds a chunk measures itself.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import httpx
+import aiohttp
 
 from minivllm.bench.flags import BenchError
 from minivllm.bench.sse import EventReader
 from minivllm.bench.stream import RequestRecord, StreamTimer
 
 POLL_SECONDS = 0.5
+BROKEN = (aiohttp.ClientError, TimeoutError, OSError)  # what may become of a connection
 CACHE_COUNTER = re.compile(r"^\w+:prefix_cache_(queries|hits)(?:_total)?(?:\{[^}]*\})? (\S+)$", re.MULTILINE)
 
 
@@ -56,66 +59,74 @@ def payload_of(target: Target, prompt: Prompt) -> dict[str, Any]:
     return body | target.extra_body
 
 
-def make_client(api_key: str | None) -> httpx.AsyncClient:
-    """No limit on connections and no time-out: a slow answer is a measurement."""
+def make_client(api_key: str | None) -> aiohttp.ClientSession:
+    """No limit on connections and no time-out: a slow answer is a measurement. Made inside the event loop that uses it."""
     headers = {"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {})
-    return httpx.AsyncClient(headers=headers, timeout=None, limits=httpx.Limits(max_connections=None), trust_env=False)
+    return aiohttp.ClientSession(headers=headers, timeout=aiohttp.ClientTimeout(total=None),
+                                 connector=aiohttp.TCPConnector(limit=0), trust_env=False)
 
 
-async def stream_one(client: httpx.AsyncClient, target: Target, prompt: Prompt, clock: Callable[[], float]) -> RequestRecord:
+async def stream_one(client: aiohttp.ClientSession, target: Target, prompt: Prompt, clock: Callable[[], float]) -> RequestRecord:
     """Send one request and time its stream."""
     body = payload_of(target, prompt)
     record = RequestRecord(prompt.num_tokens, clock())
     timer, reader = StreamTimer(record, target.is_chat), EventReader()
     try:
-        async with client.stream("POST", target.base_url + target.endpoint, json=body) as response:
-            if response.status_code != 200:
-                record.error = f"HTTP {response.status_code}: {(await response.aread()).decode(errors='replace')}"
+        async with client.post(target.base_url + target.endpoint, json=body) as response:
+            if response.status != 200:
+                record.error = f"HTTP {response.status}: {(await response.read()).decode(errors='replace')}"
                 return record
-            async for piece in response.aiter_raw():
+            async for piece in response.content.iter_any():
                 now = clock()
                 for event in reader.feed(piece):
                     timer.on_event(event, now)
-    except (httpx.HTTPError, ValueError) as error:  # a connection that broke, or a payload that is no JSON
+    except (*BROKEN, ValueError) as error:  # a connection that broke, or a payload that is no JSON
         record.error = f"{type(error).__name__}: {error}"
     return timer.finish()
 
 
-async def find_model(client: httpx.AsyncClient, base_url: str) -> str:
+async def get(client: aiohttp.ClientSession, url: str, seconds: float) -> tuple[int, str]:
+    """Status and body. Raises one of `BROKEN` if there is no answer in time."""
+    async with client.get(url, timeout=aiohttp.ClientTimeout(total=seconds)) as response:
+        return response.status, await response.text()
+
+
+async def find_model(client: aiohttp.ClientSession, base_url: str) -> str:
     """The first model that the server names. Raises `BenchError` if none answers."""
     try:
-        response = await client.get(base_url + "/v1/models", timeout=30)
-        response.raise_for_status()
-        return response.json()["data"][0]["id"]
-    except (httpx.HTTPError, ValueError, LookupError, TypeError) as error:
+        status, text = await get(client, base_url + "/v1/models", 30)
+        if status != 200:
+            raise ValueError(f"HTTP {status}")
+        return json.loads(text)["data"][0]["id"]
+    except (*BROKEN, ValueError, LookupError, TypeError) as error:
         raise BenchError(f"--base-url: {base_url}/v1/models gives no model ({type(error).__name__}: {error}): start the server, "
                          "wait for it with --ready-check, or name a model with --model") from error
 
 
-async def wait_until_ready(client: httpx.AsyncClient, base_url: str, seconds: float, clock: Callable[[], float],
+async def wait_until_ready(client: aiohttp.ClientSession, base_url: str, seconds: float, clock: Callable[[], float],
                            sleep: Callable[[float], Awaitable[None]] = asyncio.sleep) -> None:
     """Ask /v1/models until it answers with 200. Raises `BenchError` after so many seconds."""
     deadline, last = clock() + seconds, ""
     while True:
         try:
-            response = await client.get(base_url + "/v1/models", timeout=5)
-            if response.status_code == 200:
+            status, _ = await get(client, base_url + "/v1/models", 5)
+            if status == 200:
                 return
-            last = f"HTTP {response.status_code}"
-        except httpx.HTTPError as error:
+            last = f"HTTP {status}"
+        except BROKEN as error:
             last = f"{type(error).__name__}: {error}"
         if clock() >= deadline:
             raise BenchError(f"--ready-check: {base_url} was not ready after {seconds:g} s ({last})")
         await sleep(POLL_SECONDS)
 
 
-async def read_cache_counters(client: httpx.AsyncClient, base_url: str) -> dict[str, float] | None:
+async def read_cache_counters(client: aiohttp.ClientSession, base_url: str) -> dict[str, float] | None:
     """Prefix-cache queries and hits of the server so far, in tokens, from /metrics; None where it does not tell."""
     try:
-        response = await client.get(base_url + "/metrics", timeout=30)
-    except httpx.HTTPError:
+        status, text = await get(client, base_url + "/metrics", 30)
+    except BROKEN:
         return None
-    return parse_cache_counters(response.text) if response.status_code == 200 else None
+    return parse_cache_counters(text) if status == 200 else None
 
 
 def parse_cache_counters(metrics: str) -> dict[str, float] | None:

@@ -23,7 +23,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import httpx
+import aiohttp
 
 from minivllm.bench import client as wire
 from minivllm.bench import serve_flags
@@ -75,7 +75,7 @@ async def run(args: argparse.Namespace, prompts: Sequence[wire.Prompt],
         return records, duration, wire.hit_rate(before, await wire.read_cache_counters(client, args.base_url))
 
 
-async def find_target(client: httpx.AsyncClient, args: argparse.Namespace) -> wire.Target:
+async def find_target(client: aiohttp.ClientSession, args: argparse.Namespace) -> wire.Target:
     args.model = args.model or await wire.find_model(client, args.base_url)
     return wire.Target(args.base_url, args.endpoint, args.served_model_name or args.model, args.backend == "openai-chat",
                        args.ignore_eos, serve_flags.extra_body(args))
@@ -130,5 +130,5 @@ def save(args: argparse.Namespace, options: ServeOptions, result: dict[str, Any]
 def client_environment() -> dict[str, Any]:
     """The client's side only: the server may run anywhere, on anything."""
     found: dict[str, Any] = {"minivllm": __version__, "python": platform.python_version(), "platform": platform.platform()}
-    found |= {name: importlib.metadata.version(name) for name in ("httpx", "transformers") if importlib.util.find_spec(name)}
+    found |= {name: importlib.metadata.version(name) for name in ("aiohttp", "transformers") if importlib.util.find_spec(name)}
     return found | {"command": " ".join(sys.argv)}
