@@ -14,9 +14,12 @@ import os
 
 from minivllm.version import __version__
 
-# A learner's file in mine/ shadows the module of the same name.
+# A learner's file in mine/ shadows the module of the same name (see minivllm/learn.py).
 if os.environ.get("MINIVLLM_MINE"):
     __path__.insert(0, os.path.abspath(os.environ["MINIVLLM_MINE"]))
+    os.environ["MINIVLLM_MINE"] = __path__[0]  # processes that are started in other folders read it too
+    if not os.path.isdir(__path__[0]):
+        raise ImportError(f"MINIVLLM_MINE is {__path__[0]!r} and there is no such folder: make it, or unset the variable")
 
 __all__ = ["LLM", "SamplingParams", "__version__"]
 

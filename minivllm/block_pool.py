@@ -71,7 +71,8 @@ class BlockPool:
 
         With a hash it goes to the back, so that it stays findable for as long as possible. Without one nobody can ever
         ask for its content, so it goes to the front. Callers give a request's last block first: then the tail of a
-        sequence is evicted before its head, and what is left of it is still a prefix.
+        sequence is evicted before its head, and what is left of it is still a prefix. To free a block that nobody holds is
+        the caller's mistake, and an assert says so.
         """
         for block_id in block_ids:
             assert self.ref_counts[block_id] > 0, f"block {block_id} is freed twice: no table holds it"

@@ -31,7 +31,7 @@ WARM_UP_RUNS = 2  # the first compiles, the second runs what was compiled
 
 
 def bucket_sizes(max_num_seqs: int) -> list[int]:
-    """Batch sizes to capture, so that all of 1..max_num_seqs fit one: 1, 2, 4, 8, 16, then steps of 32; of 64 from 256 on."""
+    """Batch sizes to capture, for any of 1..max_num_seqs: 1, 2, 4, 8, 16, steps of 32, of 64 from 256 on, and max_num_seqs."""
     sizes = [size for size in (1, 2, 4, 8, 16) if size < max_num_seqs]
     return [*sizes, *range(32, min(max_num_seqs, 256), 32), *range(256, max_num_seqs, 64), max_num_seqs]
 

@@ -43,7 +43,10 @@ class TextStream:
         return self.tokenizer.decode(token_ids, skip_special_tokens=self.skip_special_tokens)
 
     def push(self, token_id: int) -> str:
-        """The text that this token completes. Ids beyond the tokenizer's vocabulary (a padded embedding) have none."""
+        """The text that this token completes. Ids beyond the tokenizer's vocabulary (a padded embedding) have none.
+
+        `stream.step` gives text or None. Ids without text are `waiting`, and with MAX_WAITING_TOKENS of them `_release` is asked.
+        """
         text = self.stream.step(self.tokenizer, token_id)
         if text is not None:
             self.waiting.clear()

@@ -56,7 +56,10 @@ def greedy(
 ) -> list[int]:
     """Run the model over all tokens so far, append the likeliest next one, repeat; return the new tokens.
 
-    Ends after max_new_tokens or with the first token that is in eos_token_ids. Counts a step for each pass over the model.
+    Ends after max_new_tokens or with the first token that is in eos_token_ids. `model(ids, positions, caches, metadata)`, with
+    ids and positions (T,), gives a hidden state for each token, (T, E); caches are one `NoCache()` for each of
+    `model.model.layers`, which forget, and metadata is `SimpleNamespace(slot_mapping=None)`. In `stats` each pass is a step, and
+    a token is recomputed in every pass but its first, in which it is useful.
     """
     stats = stats or GenerationStats()
     caches = [NoCache() for _ in model.model.layers]
@@ -102,7 +105,10 @@ def greedy_cached(
     model: Qwen2ForCausalLM, prompt_token_ids: Sequence[int], max_new_tokens: int, eos_token_ids: Collection[int] = (),
     stats: GenerationStats | None = None,
 ) -> list[int]:
-    """The same tokens, with keys and values kept: the prompt once, then one position for each new token."""
+    """The same tokens, with keys and values kept: the prompt once, then one position for each new token.
+
+    `dense_caches` of one row hold prompt and output; `dense_step` computes what is not in them, and counts all but the steps.
+    """
     stats = stats or GenerationStats()
     tokens, num_computed = list(prompt_token_ids), 0
     caches = dense_caches(model, 1, len(tokens) + max_new_tokens)  # reserved for the longest output, whatever comes

@@ -151,7 +151,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.hidden_size, dtype=dtype, device=device))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Scale each row of x (T, E) to a mean square of 1, in float32, then by the weight, in the model's type."""
+        """Divide each row of x (T, E) by the root of its mean square plus eps, in float32; then scale by the weight in x's type."""
         wide = x.float()  # float64 is narrowed: Hugging Face does so, and parity is with Hugging Face
         wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
         return self.weight * wide.to(x.dtype)
@@ -183,7 +183,7 @@ class MLP(nn.Module):
         self.down_proj = make_linear(inner, config.hidden_size, bias=False, dtype=dtype, device=device)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Each token for itself, (T, E) to (T, E): widen twice, let one copy gate the other, narrow again."""
+        """Each token for itself, (T, E) to (T, E): widen twice, gate and up, multiply up by silu(gate), narrow."""
         gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
         return self.down_proj(F.silu(gate) * up)
 
@@ -208,7 +208,7 @@ class DecoderLayer(nn.Module):
         return q
 
     def after_attention(self, x: Tensor, seen: Tensor) -> Tensor:
-        """Add what was seen (T, H, D) to x (T, E), then what the MLP makes of it."""
+        """Add what was seen (T, H, D), heads joined and projected, to x (T, E); then add what the MLP makes of the norm of that."""
         x = x + self.self_attn.o_proj(seen.flatten(1))
         return x + self.mlp(self.post_attention_layernorm(x))
 

@@ -142,9 +142,8 @@ class Scheduler:
         return new_blocks
 
     def _preempt(self, request: Request, why: str, cause: object = None) -> None:
-        """Take away a request's blocks and put it, already out of `running`, at the front of the queue.
-
-        It starts over with all its tokens as its prompt, often from a prefix hit on the blocks that were its own.
+        """Take away a request's blocks and put it, already out of `running`, at the front of the queue. It and `stats` count that,
+        and the step's output names it. It starts over with all its tokens as its prompt, often from a hit on its own old blocks.
         """
         self._decide(request, "preempt", why, len(self.kv_cache_manager.get_block_ids(request.request_id)), cause=cause)
         self.kv_cache_manager.free(request)
@@ -246,7 +245,7 @@ class Scheduler:
         return moved
 
     def finish_requests(self, request_ids: str | Iterable[str], status: RequestStatus) -> None:
-        """End requests from outside (abort, stop string), in whatever state they are. Ids not in the engine are ignored."""
+        """End requests, if known, from outside (abort, stop string): who waits leaves the queue, `_release` does the rest."""
         assert status.is_finished, f"{status} is not an end"
         request_ids = [request_ids] if isinstance(request_ids, str) else request_ids
         ended = [self.requests.pop(request_id) for request_id in request_ids if request_id in self.requests]

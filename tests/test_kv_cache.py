@@ -36,23 +36,25 @@ def leave(manager, request):
 
 def test_a_name_covers_everything_from_the_first_token():
     """Equal names mean equal tokens up to there: the same block behind another beginning has another name."""
-    first = hash_block_tokens(None, [1, 2])
-    assert first == hash_block_tokens(None, [1, 2])
-    assert first != hash_block_tokens(None, [2, 1])
-    assert hash_block_tokens(first, [7, 7]) != hash_block_tokens(hash_block_tokens(None, [2, 1]), [7, 7])
-    assert hash_block_tokens(first, [7, 7]) != hash_block_tokens(None, [7, 7])
+    first, other = hash_block_tokens(None, [1, 2]), hash_block_tokens(None, [2, 1])
+    assert first == hash_block_tokens(None, [1, 2]), "the block [1, 2] is named twice, and the names differ"
+    assert first.digest != other.digest, "[1, 2] and [2, 1] have one digest"
+    names = {str(parent and parent.token_ids): hash_block_tokens(parent, [7, 7]).digest for parent in (None, first, other)}
+    assert len(set(names.values())) == 3, f"[7, 7] behind {', '.join(names)} has {len(set(names.values()))} digests, not 3"
 
 
 def test_tokens_are_not_run_together_in_a_name():
     """[1, 23] and [12, 3] are different blocks."""
-    assert hash_block_tokens(None, [1, 23]).digest != hash_block_tokens(None, [12, 3]).digest
+    for one, other in (([1, 23], [12, 3]), ([1, 256], [257, 0]), ([0, 0], [0])):
+        assert hash_block_tokens(None, one).digest != hash_block_tokens(None, other).digest, f"{one} and {other} have one digest"
 
 
 def test_extra_keys_keep_equal_tokens_apart():
     """A salt (or later an adapter) makes other names, in the block that has it and in all behind it."""
     plain, salted = hash_block_tokens(None, [1, 2]), hash_block_tokens(None, [1, 2], ("salt",))
-    assert plain.digest != salted.digest
-    assert hash_block_tokens(plain, [3, 4]).digest != hash_block_tokens(salted, [3, 4]).digest
+    assert plain.digest != salted.digest, "[1, 2] has one digest with and without a salt"
+    behind = [hash_block_tokens(parent, [3, 4]).digest for parent in (plain, salted)]
+    assert behind[0] != behind[1], "[3, 4] has one digest behind a block with a salt and behind one without"
 
 
 @given(st.lists(st.integers(0, 1), max_size=12), st.lists(st.integers(0, 1), min_size=1, max_size=12), st.integers(1, 4))
@@ -81,7 +83,8 @@ def test_a_gap_ends_the_prefix():
     second = hash_block_tokens(first, [2])
     pool.get_new_blocks(2)
     pool.cache_block(2, second)
-    assert find_longest_cache_hit(pool, [first, second], 3, 1) == []
+    hits = find_longest_cache_hit(pool, [first, second], 3, 1)
+    assert hits == [], f"the first block is not cached, the second is: the prefix has no block, not {hits}"
 
 
 def test_t01_a_hash_dies_with_the_block_it_named():
@@ -114,8 +117,8 @@ def test_t06_a_hit_is_not_evicted_to_make_room_for_its_own_request():
     leave(manager, a)
     manager.pool.free_queue.move_to_end(1, last=False)
     b = make_request("B", [1, 1, 5])
-    assert admit(manager, b) == [1]
-    assert manager.get_block_ids("B") == [1, 2]
+    assert admit(manager, b) == [1], "block 1 holds [1, 1] and should be a hit"
+    assert manager.get_block_ids("B") == [1, 2], f"block 1 is hit and 2 is new: the table is {manager.get_block_ids('B')}"
 
 
 def test_t07_a_hit_in_the_free_queue_takes_room():
@@ -126,11 +129,14 @@ def test_t07_a_hit_in_the_free_queue_takes_room():
     leave(manager, a)
     b = make_request("B", [1, 1, 5, 5, 5])
     hits, num_hits = manager.get_computed_blocks(b)
-    assert manager.num_blocks_to_take(b, 5, hits) == 3
+    need = manager.num_blocks_to_take(b, 5, hits)
+    assert need == 3, f"5 tokens in blocks of 2, one of them a hit that is free: {need} free blocks are said to be taken, not 3"
     before = (list(manager.pool.free_queue), dict(manager.pool.block_hashes), list(manager.pool.ref_counts))
-    assert manager.allocate_slots(b, 5 - num_hits, new_computed_blocks=hits) is None
-    assert (list(manager.pool.free_queue), dict(manager.pool.block_hashes), list(manager.pool.ref_counts)) == before
-    assert manager.block_tables == {}
+    taken = manager.allocate_slots(b, 5 - num_hits, new_computed_blocks=hits)
+    assert taken is None, f"3 blocks are needed, 2 are free, and {taken} were handed out"
+    after = (list(manager.pool.free_queue), dict(manager.pool.block_hashes), list(manager.pool.ref_counts))
+    assert after == before, f"nothing was handed out, and the pool changed: {before} became {after}"
+    assert manager.block_tables == {}, f"nothing was handed out, and there is a table: {manager.block_tables}"
 
 
 def test_t08_a_hit_is_verified_even_if_digests_collide(monkeypatch):
@@ -153,9 +159,9 @@ def test_t08_a_salt_in_the_first_block_separates_whole_sequences():
     """Two tenants with the same prompt share nothing; the same tenant shares all."""
     manager = KVCacheManager(12, 2, True, 16)
     admit(manager, make_request("A", [1] * 5, cache_salt="one"))
-    assert manager.get_computed_blocks(make_request("B", [1] * 5, cache_salt="two"))[1] == 0
-    assert manager.get_computed_blocks(make_request("C", [1] * 5))[1] == 0
-    assert manager.get_computed_blocks(make_request("D", [1] * 5, cache_salt="one"))[1] == 4
+    for salt, expected in (("two", 0), (None, 0), ("one", 4)):
+        found = manager.get_computed_blocks(make_request("B", [1] * 5, cache_salt=salt))[1]
+        assert found == expected, f"with salt {salt!r} {found} tokens of a sequence with salt 'one' are hit, not {expected}"
 
 
 def test_t09_a_table_is_handed_out_as_a_copy():
@@ -170,11 +176,12 @@ def test_t09_a_table_is_handed_out_as_a_copy():
 
 
 def test_t10_counts_equal_the_tables_that_hold_a_block():
-    """`check` compares every block's count with the tables, and sees when they disagree."""
+    """A block's references are the tables that hold it, and the check of the invariants sees when the two disagree."""
     manager = KVCacheManager(6, 2, True, 16)
     admit(manager, make_request("A", [1] * 5))
-    assert len(admit(manager, make_request("B", [1] * 5))) == 2
-    assert manager.pool.ref_counts[1] == 2, "A and B hold the first block"
+    hits = admit(manager, make_request("B", [1] * 5))
+    assert len(hits) == 2, f"of A's 3 blocks B hits {hits}, not the two full ones"
+    assert manager.pool.ref_counts[1] == 2, f"A and B hold block 1, which counts {manager.pool.ref_counts[1]} references"
     manager.block_tables["B"].pop()
     with pytest.raises(AssertionError, match="references and is in"):
         manager.check()
@@ -210,8 +217,9 @@ def test_lookahead_slots_end_at_the_longest_sequence():
     """Room for drafts is taken with the step's tokens, and none beyond max_model_len."""
     manager = KVCacheManager(9, 2, True, 6)
     request = make_request("A", [1, 2, 3])
-    assert len(manager.allocate_slots(request, 3, num_lookahead_tokens=1)) == 2
-    assert len(manager.allocate_slots(request, 3, num_lookahead_tokens=9)) == 1, "6 positions at most: 3 blocks of 2"
+    first, second = (manager.allocate_slots(request, 3, num_lookahead_tokens=count) for count in (1, 9))
+    assert len(first) == 2, f"3 tokens and 1 more in blocks of 2 take {first}, not two blocks"
+    assert len(second) == 1, f"6 positions at most are 3 blocks of 2; to the first two come {second}"
 
 
 def test_truncate_gives_back_whole_blocks_beyond_the_cut():
@@ -231,9 +239,11 @@ def test_truncate_gives_back_whole_blocks_beyond_the_cut():
 def test_full_sequence_must_fit_is_a_question_and_not_a_reservation():
     """Room for all known tokens is required, and only the tokens of this step are given room."""
     manager = KVCacheManager(4, 2, True, 16)
-    assert manager.allocate_slots(make_request("A", [1] * 7), 2, full_sequence_must_fit=True) is None, "4 blocks of 3"
-    assert manager.allocate_slots(make_request("B", [1] * 6), 2, full_sequence_must_fit=True) == [1]
-    assert manager.num_free_blocks == 2
+    taken = manager.allocate_slots(make_request("A", [1] * 7), 2, full_sequence_must_fit=True)
+    assert taken is None, f"7 known tokens need 4 blocks of 2 and there are 3, and yet {taken} were handed out"
+    taken = manager.allocate_slots(make_request("B", [1] * 6), 2, full_sequence_must_fit=True)
+    assert taken == [1], f"6 known tokens fit, and the step's 2 tokens take block 1: {taken} were handed out"
+    assert manager.num_free_blocks == 2, f"one of 3 blocks is taken, and {manager.num_free_blocks} are free"
 
 
 def test_only_full_blocks_are_published_and_each_once():

@@ -130,6 +130,8 @@ def test_t39_top_k_keeps_k_tokens_and_what_ties_with_the_last(seed, vocab_size, 
     result = sampler.top_k(logits, torch.tensor([min(k, vocab_size)] * 2), min(k, vocab_size))
     theirs = hf.TopKLogitsWarper(k)(None, logits)
     assert kept(result) == kept(theirs), f"top_k={k} keeps {kept(result)} of {logits.tolist()}, Hugging Face {kept(theirs)}"
+    full = kept(sampler.top_k(logits, torch.tensor([min(k, vocab_size)] * 2)))
+    assert full == kept(theirs), f"top_k={k} without a width keeps {full} of {logits.tolist()}, Hugging Face {kept(theirs)}"
 
 
 def test_t39_top_p_keeps_equal_tokens_together():

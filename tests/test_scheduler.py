@@ -63,8 +63,9 @@ def test_a_step_is_tokens_for_requests_under_one_budget():
     scheduler = make_scheduler(budget=8, num_blocks=20)
     for request_id, length in (("a", 5), ("b", 6), ("c", 2)):
         add(scheduler, request_id, length)
-    assert step(scheduler) == {"a": 5, "b": 3}, "the budget is 8: b gets a part, c nothing"
-    assert step(scheduler) == {"a": 1, "b": 3, "c": 2}
+    first, second = step(scheduler), step(scheduler)
+    assert first == {"a": 5, "b": 3}, f"prompts of 5, 6 and 2, a budget of 8: b gets 3, c nothing, and the step is {first}"
+    assert second == {"a": 1, "b": 3, "c": 2}, f"then a's new token, the rest of b and all of c fit, and the step is {second}"
 
 
 def test_t02_a_block_is_shared_only_when_it_is_full_of_computed_positions():
@@ -99,10 +100,11 @@ def test_t05_preempted_then_aborted_frees_once():
     add(scheduler, "b", 1, max_tokens=3)
     step(scheduler)
     step(scheduler)
-    assert ids(scheduler.waiting) == ["b"], "three blocks do not hold two sequences of two tokens"
+    assert ids(scheduler.waiting) == ["b"], f"3 blocks do not hold two sequences of 2 tokens, and {ids(scheduler.waiting)} wait"
     scheduler.finish_requests(["b"], ABORTED)
     run_all(scheduler)
-    assert scheduler.kv_cache_manager.num_free_blocks == 3
+    free = scheduler.kv_cache_manager.num_free_blocks
+    assert free == 3, f"both requests have ended, and {free} of 3 blocks are free"
 
 
 def test_t11_requests_are_conserved():
@@ -123,8 +125,9 @@ def test_t12_a_preempted_request_longer_than_the_budget_comes_back():
     b = add(scheduler, "b", 2, max_tokens=6)
     steps = run_all(scheduler)
     assert b.num_preemptions > 0, "b should have lost its blocks"
-    assert b.num_output_tokens == 6
-    assert max(sum(counts.values()) for counts in steps) <= 2
+    assert b.num_output_tokens == 6, f"b should say 6 tokens and says {b.num_output_tokens}"
+    most = max(sum(counts.values()) for counts in steps)
+    assert most <= 2, f"the budget is 2, and a step computes {most} tokens"
 
 
 def test_t13_the_hits_are_known_before_the_tokens_are_counted():
@@ -158,13 +161,16 @@ def test_t14_what_can_never_fit_is_refused_with_a_way_out():
 
 def test_t15_seats_are_for_resident_requests():
     """Two seats: a third request waits until one of the two has ended, however small the steps are."""
-    scheduler = make_scheduler(seats=2, budget=1, num_blocks=20)
-    for request_id in "abc":
-        add(scheduler, request_id, 2, max_tokens=2)
-    while scheduler.has_unfinished_requests():
-        counts = step(scheduler)
-        assert len(scheduler.running) <= 2, f"{ids(scheduler.running)} hold blocks"
-        assert "c" not in counts or not ({"a", "b"} <= scheduler.requests.keys())
+    for budget in (1, 8):
+        scheduler = make_scheduler(seats=2, budget=budget, num_blocks=20)
+        for request_id in "abc":
+            add(scheduler, request_id, 2, max_tokens=2)
+        while scheduler.has_unfinished_requests():
+            both_run = len(scheduler.running) == 2
+            counts = step(scheduler)
+            resident = [request_id for request_id in "abc" if scheduler.kv_cache_manager.get_block_ids(request_id)]
+            assert len(resident) <= 2, f"{resident} hold blocks, with 2 seats and a budget of {budget}"
+            assert not (both_run and "c" in counts), f"two requests run and c computes, with a budget of {budget}: {counts}"
 
 
 def test_t16_a_resumed_request_neither_repeats_nor_skips_a_token():
@@ -175,8 +181,10 @@ def test_t16_a_resumed_request_neither_repeats_nor_skips_a_token():
         output = scheduler.schedule()
         caught_up = {r.request_id: [r.num_output_tokens] for r in scheduler.running if r.num_computed_tokens == r.num_tokens}
         scheduler.update_from_output(output, ModelOutput(caught_up))
-    assert b.num_preemptions > 0
-    assert a.output_token_ids == b.output_token_ids == [0, 1, 2, 3, 4, 5]
+    assert b.num_preemptions > 0, "6 blocks do not hold two sequences of 6 positions, and b was never preempted"
+    for request in (a, b):
+        said = request.output_token_ids
+        assert said == [0, 1, 2, 3, 4, 5], f"{request.request_id} should say 0 to 5 and says {said}"
 
 
 def test_t17_a_chunk_that_is_not_the_last_gets_no_token():
@@ -261,16 +269,20 @@ def test_t20_abort_frees_everything_in_any_state():
     add(scheduler, "c", 4, max_tokens=1)
     add(scheduler, "w", 1)
     step(scheduler)
-    assert [r.num_computed_tokens for r in scheduler.running] == [1, 2], "c is in the middle of its prompt"
+    computed = [r.num_computed_tokens for r in scheduler.running]
+    assert computed == [1, 2], f"r should have computed its 1 token and c 2 of 4: {computed}"
     step(scheduler)
-    assert ids(scheduler.waiting) == ["c", "w"], "c gave way to r"
+    assert ids(scheduler.waiting) == ["c", "w"], f"c gave way to r and waits before w: {ids(scheduler.waiting)}"
     for request_id in ("w", "c", "r"):
         held = len(scheduler.kv_cache_manager.get_block_ids(request_id))
         free = scheduler.kv_cache_manager.num_free_blocks
         scheduler.finish_requests([request_id], ABORTED)
-        assert scheduler.kv_cache_manager.num_free_blocks == free + held
-    assert (scheduler.kv_cache_manager.num_free_blocks, ids(scheduler.waiting), scheduler.running) == (5, [], [])
-    assert scheduler.schedule().finished_request_ids == ["w", "c", "r"]
+        now_free = scheduler.kv_cache_manager.num_free_blocks
+        assert now_free == free + held, f"{free} blocks were free, {request_id} held {held} and is aborted: {now_free} are free"
+        assert request_id not in ids(scheduler.waiting) + ids(scheduler.running), f"{request_id} is aborted and still in a queue"
+    assert scheduler.kv_cache_manager.num_free_blocks == 5, f"{scheduler.kv_cache_manager.num_free_blocks} of 5 blocks are free"
+    told = scheduler.schedule().finished_request_ids
+    assert told == ["w", "c", "r"], f"w, c and r were aborted, and the runner is told of {told}"
 
 
 def test_t20_abort_in_the_middle_of_a_prompt():
@@ -280,8 +292,10 @@ def test_t20_abort_in_the_middle_of_a_prompt():
     add(scheduler, "b", 2)
     step(scheduler)
     scheduler.finish_requests(["a"], ABORTED)
-    assert scheduler.kv_cache_manager.num_free_blocks == 8
-    assert step(scheduler) == {"b": 2}
+    free = scheduler.kv_cache_manager.num_free_blocks
+    assert free == 8, f"a, which held 1 of 8 blocks, is aborted, and {free} are free"
+    counts = step(scheduler)
+    assert counts == {"b": 2}, f"the one seat is b's now, and the step is {counts}"
 
 
 def test_t20_abort_of_the_finished_or_unknown_does_nothing():
@@ -290,10 +304,11 @@ def test_t20_abort_of_the_finished_or_unknown_does_nothing():
     request = add(scheduler, "a", 2, max_tokens=1)
     run_all(scheduler)
     scheduler.finish_requests(["a", "nobody"], ABORTED)
-    assert request.status is RequestStatus.FINISHED_LENGTH_CAPPED
+    assert request.status is RequestStatus.FINISHED_LENGTH_CAPPED, f"a had ended by its length and is {request.status.name}"
     add(scheduler, "b", 2)
     scheduler.finish_requests(["b", "b"], ABORTED)
-    assert scheduler.schedule().finished_request_ids == ["a", "b"]
+    told = scheduler.schedule().finished_request_ids
+    assert told == ["a", "b"], f"a ended, b was aborted twice, and the runner is told of {told}"
 
 
 def test_t21_a_flood_of_prompts_does_not_starve_a_running_request():
@@ -315,7 +330,7 @@ def test_t21_first_tokens_come_in_order_of_arrival():
         add(scheduler, request_id, length, max_tokens=3)
     while scheduler.has_unfinished_requests():
         order += [r.request_id for r in finish_step(scheduler, scheduler.schedule()) if r.num_output_tokens == 1]
-    assert order == ["a", "b", "c", "d"]
+    assert order == ["a", "b", "c", "d"], f"a, b, c, d came in this order, and their first tokens as {order}"
 
 
 def test_t22_the_order_of_arrival_changes_no_answer():
@@ -339,13 +354,16 @@ def test_the_newest_running_request_gives_way():
     a, b = add(scheduler, "a", 1, max_tokens=3), add(scheduler, "b", 1, max_tokens=3)
     add(scheduler, "c", 1, max_tokens=3)
     step(scheduler)
-    assert ids(scheduler.running) == ["a", "b", "c"]
+    assert ids(scheduler.running) == ["a", "b", "c"], f"{ids(scheduler.running)} run on 3 blocks, not all three"
     output = scheduler.schedule()
-    assert output.num_scheduled_tokens == {"a": 1}, "a needs c's block, and then b needs a's, which is not to be had"
-    assert output.preempted_request_ids == ["c", "b"]
-    assert ids(scheduler.waiting) == ["b", "c"], "both wait at the front, in their old order"
-    assert (a.num_preemptions, b.num_preemptions, b.num_computed_tokens) == (0, 1, 0)
-    assert b.status is RequestStatus.PREEMPTED
+    counts, gave_way = output.num_scheduled_tokens, output.preempted_request_ids
+    assert gave_way == ["c", "b"], f"a takes the block of the newest, c, and then b, itself the newest, gives way: {gave_way} did"
+    assert counts == {"a": 1}, f"only the oldest, a, has room for a second token, and the step is {counts}"
+    assert ids(scheduler.waiting) == ["b", "c"], f"b and c wait in their old order at the front: {ids(scheduler.waiting)}"
+    assert b.num_computed_tokens == 0, f"b's blocks are gone and {b.num_computed_tokens} of its positions count as computed"
+    assert b.status is RequestStatus.PREEMPTED, f"b gave way and is {b.status.name}"
+    counted = (a.num_preemptions, b.num_preemptions, scheduler.stats.num_preemptions)
+    assert counted == (0, 1, 2), f"preemptions of a, of b, and in all: {counted}"
 
 
 def test_nobody_is_admitted_in_a_step_that_preempts():
@@ -387,17 +405,20 @@ def test_without_chunked_prefill_a_prompt_runs_whole_or_waits():
     scheduler = make_scheduler(budget=6, max_model_len=6, num_blocks=30, enable_chunked_prefill=False)
     for request_id, length in (("a", 4), ("b", 3), ("c", 1)):
         add(scheduler, request_id, length, max_tokens=2)
-    assert step(scheduler) == {"a": 4}, "b does not fit in what is left, and c waits behind b"
-    assert step(scheduler) == {"a": 1, "b": 3, "c": 1}
+    first, second = step(scheduler), step(scheduler)
+    assert first == {"a": 4}, f"b's 3 tokens do not fit into the 2 that are left, c waits behind b, and the step is {first}"
+    assert second == {"a": 1, "b": 3, "c": 1}, f"then all of them fit into 6, and the step is {second}"
 
 
 def test_the_threshold_caps_a_long_prompt_only_in_company():
     """Alone it has the whole budget; with others there, they get what is beyond the threshold."""
     scheduler = make_scheduler(budget=8, num_blocks=30, long_prefill_token_threshold=3)
     add(scheduler, "a", 12, max_tokens=2)
-    assert step(scheduler) == {"a": 8}
+    counts = step(scheduler)
+    assert counts == {"a": 8}, f"alone, 8 of 12 tokens fit into a budget of 8, and the step is {counts}"
     add(scheduler, "b", 6)
-    assert step(scheduler) == {"a": 3, "b": 3}
+    counts = step(scheduler)
+    assert counts == {"a": 3, "b": 3}, f"with b there, a threshold of 3 leaves 3 tokens to each, and the step is {counts}"
 
 
 def test_one_step_may_bring_several_tokens():

@@ -1,0 +1,36 @@
+"""Lesson 14, the part without a GPU: into which captured batch size a batch goes (graphs themselves: test_gpu_graphs.py)."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minivllm.cuda_graphs import bucket_of, bucket_sizes
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 17, 64, 65, 200, 256, 1000])
+def test_t32_every_batch_size_has_a_bucket_and_no_bucket_is_too_large(most):
+    """For any max_num_seqs the buckets ascend, each is there once, and the largest is max_num_seqs."""
+    buckets = bucket_sizes(most)
+    assert buckets == sorted(set(buckets)) and buckets[-1:] == [most], f"buckets of max_num_seqs={most}: {buckets}"
+    assert buckets[0] >= 1, f"a bucket of {buckets[0]} holds nobody"
+    assert len(bucket_sizes(256)) <= 13, f"256 have {len(bucket_sizes(256))} buckets; each costs a compilation at start"
+
+
+@given(st.integers(1, 700), st.integers(0, 10_000))
+def test_a_batch_goes_into_the_smallest_bucket_that_holds_it(most, number):
+    """A batch gets the smallest bucket that is not smaller than itself."""
+    count = 1 + number % most
+    size = bucket_of(count, most)
+    fitting = [bucket for bucket in bucket_sizes(most) if bucket >= count]
+    assert size == min(fitting), f"{count} of at most {most} requests go into a bucket of {size}, the smallest is {min(fitting)}"
+
+
+@given(st.integers(1, 700))
+def test_padding_stays_small(most):
+    """A batch is never padded to twice its size, nor by 32 rows or more up to 256, nor by 64 or more beyond."""
+    for count in range(1, most + 1):
+        padding = bucket_of(count, most) - count
+        bound = min(count, 32) if count <= 256 else 64
+        assert padding < bound, f"{count} of at most {most} requests: {padding} rows of padding, fewer than {bound} are allowed"
