@@ -164,7 +164,7 @@ EXERCISES = (
            "t21_first_tokens_come_in_order_of_arrival"),
         ("Look at the first waiting request only: if it cannot come in, nobody behind it may.",
          "`_admit(request, budget)` takes the request out of the queue and says how many tokens it got; 0: it still waits.",
-         "A seat is a place in `running`; there are `config.max_num_seqs`. `_decide` only notes reasons: you may leave it out.")),
+         "A seat is a place in `running`; there are `max_num_running`. `_decide` only notes reasons: you may leave it out.")),
     Exercise(
         "09b-preemption", "scheduler", ("Scheduler._allocate_or_preempt", "Scheduler._preempt"),
         of("test_scheduler", "the_newest_running_request_gives_way", "t05_preempted_then_aborted_frees_once",
