@@ -6,7 +6,7 @@ whoever launches the next step first has the host's work for free, because the G
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch import Tensor
 from minivllm.logprobs import LogprobsTensors, to_dicts
 from minivllm.request import Logprob
 from minivllm.scheduler_output import ModelOutput
+from minivllm.speculative import accepted_run
 
 PromptLogprobs = dict[str, tuple[int, list[dict[int, Logprob]]]]
 
@@ -26,12 +27,16 @@ def download(tensor: Tensor) -> Tensor:
 
 
 class AsyncOutput:
-    """The tokens (R,) of R requests, and the logprobs that some of them asked for."""
+    """The tokens (R,) of R rows of logits, and the logprobs that some of them asked for.
+
+    A request whose `drafts` were verified has a row behind each of them, and gets the run of tokens that these accept.
+    """
 
     def __init__(self, request_ids: Sequence[str] = (), token_ids: Tensor | None = None,
-                 prompt_logprobs: PromptLogprobs | None = None) -> None:
+                 prompt_logprobs: PromptLogprobs | None = None, drafts: Mapping[str, list[int]] | None = None) -> None:
         self.request_ids = request_ids
         self.prompt_logprobs = prompt_logprobs or {}
+        self.drafts = drafts or {}
         self.logprobs: LogprobsTensors | None = None
         self.asked: dict[int, int] = {}  # who of the R asked for logprobs, and for how many
         self.token_ids = None if token_ids is None else download(token_ids)
@@ -56,8 +61,12 @@ class AsyncOutput:
             return output
         if self.is_done is not None:
             self.is_done.synchronize()
-        output.sampled_token_ids = {name: [token] for name, token in zip(self.request_ids, self.token_ids.tolist())}
+        for name, token in zip(self.request_ids, self.token_ids.tolist()):
+            output.sampled_token_ids.setdefault(name, []).append(token)
         if self.logprobs is not None:
-            entries = to_dicts(self.logprobs, list(self.asked.values()))
-            output.logprobs = {self.request_ids[index]: [entry] for index, entry in zip(self.asked, entries)}
+            for index, entry in zip(self.asked, to_dicts(self.logprobs, list(self.asked.values()))):
+                output.logprobs.setdefault(self.request_ids[index], []).append(entry)
+        for name, draft_token_ids in self.drafts.items():
+            run = output.sampled_token_ids[name] = accepted_run(draft_token_ids, output.sampled_token_ids[name])
+            del output.logprobs.get(name, [])[len(run):]
         return output

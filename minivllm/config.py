@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from minivllm.exceptions import CheckpointError, UnsupportedError, ValidationError
+from minivllm.speculative_config import check_speculation
 
 SUPPORTED_ARCHITECTURES = ("Qwen2ForCausalLM",)
 SUPPORTED_ROPE_TYPES = ("default", "yarn")
@@ -216,11 +217,9 @@ def _read_yarn(raw: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
         inferred = mscale(upper) / mscale(lower)
     given = {"attention_factor": inferred, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": True} | given
     return {
-        "rope_type": "yarn",
-        "factor": factor,
+        "rope_type": "yarn", "factor": factor, "truncate": _read(given, "truncate", BOOL, where),
         # A value outside the dictionary wins, as in transformers.
         "original_max_position_embeddings": _read(given | raw, "original_max_position_embeddings", POSITIVE_INT, where),
-        "truncate": _read(given, "truncate", BOOL, where),
     } | {name: _read(given, name, POSITIVE_NUMBER, where) for name in ("attention_factor", "beta_fast", "beta_slow")}
 
 
@@ -256,11 +255,11 @@ class EngineConfig:
     skip_tokenizer_init: bool = False
     load_format: str = "auto"
     trace: str | None = None  # where to write the step trace, as JSON lines
+    speculative_config: dict[str, Any] | None = None  # who guesses ahead, see speculative_config.py
 
     def __post_init__(self) -> None:
-        self._require_choice("dtype", DTYPES)
-        self._require_choice("attention_backend", ATTENTION_BACKENDS)
-        self._require_choice("load_format", LOAD_FORMATS)
+        for parameter, choices in (("dtype", DTYPES), ("attention_backend", ATTENTION_BACKENDS), ("load_format", LOAD_FORMATS)):
+            self._require_choice(parameter, choices)
         for parameter, low, optional in (
             ("max_model_len", 1, True), ("max_num_seqs", 1, False), ("max_num_batched_tokens", 1, True),
             ("block_size", 1, True), ("num_blocks", 2, True), ("kv_cache_memory_bytes", 1, True),
@@ -273,6 +272,7 @@ class EngineConfig:
             self._require(isinstance(getattr(self, parameter), bool), parameter, "True or False")
         self._require(isinstance(self.async_scheduling, bool | None), "async_scheduling", "True, False or None")
         self._check_budget()
+        check_speculation(self.speculative_config, self.model is None, self.async_scheduling)
 
     def _require(self, holds: bool, parameter: str, wanted: str) -> None:
         if not holds:

@@ -34,6 +34,7 @@ from minivllm.request import Request, RequestOutput, RequestStatus
 from minivllm.sampling_params import SamplingParams
 from minivllm.scheduler import Scheduler
 from minivllm.scheduler_output import LaunchedStep, ModelOutput, SchedulerOutput, SchedulerStats
+from minivllm.speculative import SpeculatingScheduler
 from minivllm.trace import TraceRecorder
 
 
@@ -53,7 +54,9 @@ class LLMEngine:
         self.runner: ModelRunner = started.runner
         num_blocks, block_size, max_model_len = startup.resolved_sizes(self.config)
         self.kv_cache_manager = KVCacheManager(num_blocks, block_size, self.config.enable_prefix_caching, max_model_len)
-        self.scheduler = Scheduler(self.config, self.kv_cache_manager, clock=clock)
+        self.proposer = started.proposer
+        self.scheduler = Scheduler(self.config, self.kv_cache_manager, clock=clock) if self.proposer is None else (
+            SpeculatingScheduler(self.config, self.kv_cache_manager, clock=clock, proposer=self.proposer))
         self.recovery = Recovery(self.scheduler)
         self.input_processor = InputProcessor(self.config, self.model_config.vocab_size, self.tokenizer, self.eos_token_ids)
         self.output_processor = OutputProcessor(self.tokenizer)
@@ -139,6 +142,8 @@ class LLMEngine:
         requests = self.scheduler.update_from_output(scheduler_output, model_output)
         stopped = self.output_processor.update(requests, model_output)
         self.scheduler.finish_requests(stopped, RequestStatus.FINISHED_STOPPED)
+        if isinstance(self.scheduler, SpeculatingScheduler):
+            self.scheduler.drop_tokens(requests, stopped)
         self._drop_unawaited_steps()
         self.trace.record(scheduler_output, requests)
         self._observe(requests, scheduler_output.total_num_scheduled_tokens)
@@ -189,6 +194,8 @@ class LLMEngine:
             self.launched.clear()
             self.trace.close()
             self.runner.close()
+            if self.proposer is not None:
+                self.proposer.close()
 
     def _require_alive(self) -> None:
         if self.is_closed:

@@ -28,16 +28,14 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "enable_lora": (False,),
     "compilation_config": (None,),
     "logits_processors": (None,),
-    "speculative_config": (None,),
-    "spec_method": (None,),
-    "spec_model": (None,),
-    "spec_tokens": (None,),
     "hf_overrides": (None, {}),
     "distributed_executor_backend": (None, "uni"),
     "limit_mm_per_prompt": (None, {}),
     "scheduling_policy": ("fcfs",),
     "logprobs_mode": ("raw_logprobs",),
 }
+# vLLM's short forms of keys of speculative_config.
+SPECULATIVE = {"spec_method": "method", "spec_model": "model", "spec_tokens": "num_speculative_tokens"}
 # No remote code is ever executed, whatever this says, and nothing is logged that it could turn off.
 WITHOUT_EFFECT = ("trust_remote_code", "disable_log_stats", "disable_log_requests", "max_seq_len_to_capture")
 
@@ -58,8 +56,14 @@ def engine_config_from_kwargs(**kwargs: object) -> EngineConfig:
             values[name] = value
         elif name in NEUTRAL:
             _require_neutral(name, value)
-        elif name not in WITHOUT_EFFECT:
-            raise ValidationError(f"unknown argument {name!r}{nearest_name(name, [*fields, *NEUTRAL, *ALIASES])}", parameter=name)
+        elif name not in WITHOUT_EFFECT and name not in SPECULATIVE:
+            known = [*fields, *NEUTRAL, *ALIASES, *SPECULATIVE]
+            raise ValidationError(f"unknown argument {name!r}{nearest_name(name, known)}", parameter=name)
+    if short := {SPECULATIVE[name]: value for name, value in kwargs.items() if name in SPECULATIVE and value is not None}:
+        if values.get("speculative_config") is not None:
+            raise ValidationError(f"speculative_config and a short form of its {', '.join(short)} were both given: keep one",
+                                  parameter="speculative_config")
+        values["speculative_config"] = short
     return EngineConfig(**values)  # type: ignore[arg-type]
 
 

@@ -102,6 +102,7 @@ class StepInputs:
     positions: np.ndarray  # (T,)
     num_decodes: int
     samples: np.ndarray  # (B,) bool: this step reaches the request's newest token, so it gets a next one
+    num_drafts: np.ndarray  # (B,) how many of its tokens are guesses: it samples behind each of them as well
 
     @property
     def is_decode(self) -> bool:
@@ -151,6 +152,11 @@ class InputBatch:
             self.requests[row] = None
             self.free_rows.append(row)
 
+    def rewind(self, rows: Sequence[int], num_computed: Sequence[int], num_tokens: Sequence[int], block_size: int) -> None:
+        """Forget the guesses that were wrong, their positions, and the blocks that only they needed."""
+        self.num_computed[rows], self.num_tokens[rows] = num_computed, num_tokens
+        self.num_blocks[rows] = -(-np.asarray(num_computed) // block_size)
+
     def request(self, row: int) -> RowRequest:
         request = self.requests[row]
         assert request is not None, f"row {row} belongs to nobody"
@@ -158,11 +164,12 @@ class InputBatch:
 
     def prepare(self, output: SchedulerOutput) -> StepInputs:
         """The flat arrays of this step. `num_computed` advances here, as it has in the scheduler."""
-        scheduled = output.num_scheduled_tokens
+        scheduled, drafts = output.num_scheduled_tokens, output.scheduled_spec_decode_tokens
         # Decodes first: attention reads their contexts in one kernel. The order does not change any result.
         request_ids = sorted(scheduled, key=lambda request_id: scheduled[request_id] > 1)
         rows = np.fromiter((self.row_of[request_id] for request_id in request_ids), dtype=np.int64, count=len(request_ids))
         query_lens = np.fromiter((scheduled[request_id] for request_id in request_ids), dtype=np.int64, count=len(request_ids))
+        num_drafts = np.array([len(drafts.get(request_id, ())) for request_id in request_ids], dtype=np.int64)
         computed = self.num_computed[rows]
         starts = np.cumsum(query_lens) - query_lens  # (B,) where each request's tokens begin in the flat batch
         seq_lens = computed + query_lens
@@ -170,5 +177,5 @@ class InputBatch:
         return StepInputs(
             rows, query_lens, seq_lens, token_rows=np.repeat(rows, query_lens),
             positions=np.arange(query_lens.sum()) - np.repeat(starts - computed, query_lens),  # (T,)
-            num_decodes=int((query_lens == 1).sum()), samples=seq_lens == self.num_tokens[rows],
+            num_decodes=int((query_lens == 1).sum()), samples=seq_lens == self.num_tokens[rows] + num_drafts, num_drafts=num_drafts,
         )

@@ -12,7 +12,7 @@ sampled: the head of Qwen2.5-0.5B is 27 % of the model's arithmetic. vLLM: vllm/
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,7 @@ from minivllm.model import Qwen2ForCausalLM
 from minivllm.prompt_graphs import PromptGraphs, token_buckets
 from minivllm.sampler import sample
 from minivllm.sampling_metadata import RowParams, SamplingMetadata, encode_bad_words
-from minivllm.scheduler_output import SchedulerOutput
+from minivllm.scheduler_output import Rewind, SchedulerOutput
 from minivllm.split_linear import MOST_TOKENS
 from minivllm.standing_attention import StandingAttention
 
@@ -73,7 +73,9 @@ class ModelRunner:
         if self.graphs is not None and inputs.is_decode and not self.batch.wants_prompt_logprobs:
             return self.run_graph(inputs, self.graphs)
         hidden = self.forward(inputs)
-        return self.sample(inputs, hidden, self.prompt_logprobs(inputs, hidden))
+        step = self.sample(inputs, hidden, self.prompt_logprobs(inputs, hidden))
+        step.drafts = output.scheduled_spec_decode_tokens
+        return step
 
     @torch.inference_mode()
     def warm_up(self) -> float:
@@ -105,7 +107,8 @@ class ModelRunner:
         query_lens = np.array([1] + [2] * (num_tokens // 2))
         rows = np.full(len(query_lens), self.rows.padding_row)
         positions = np.concatenate(([0], np.tile([0, 1], num_tokens // 2)))
-        return StepInputs(rows, query_lens, query_lens, rows.repeat(query_lens), positions, 1, np.zeros(len(rows), dtype=bool))
+        return StepInputs(rows, query_lens, query_lens, rows.repeat(query_lens), positions, 1, np.zeros(len(rows), dtype=bool),
+                          np.zeros(len(rows), dtype=np.int64))
 
     def run_graph(self, inputs: StepInputs, graphs: DecodeGraphs) -> AsyncOutput:
         """A step in which every request gets its next token. What the graph does not know of sampling is done after it."""
@@ -118,6 +121,7 @@ class ModelRunner:
         """Apply the differences since the last step, and zero the blocks that are new."""
         for request_id in (*output.finished_request_ids, *output.preempted_request_ids):
             self.batch.remove(request_id)
+        self.rewind(output.rewound_requests)
         new_rows = [self.batch.add(new, encode_bad_words(self.tokenizer, new.sampling_params.bad_words or ()))
                     for new in output.new_requests]
         if new_rows:
@@ -132,6 +136,20 @@ class ModelRunner:
             hits = [new.num_computed_tokens // self.block_size for new in output.new_requests] + [0] * len(output.new_block_ids)
             new_blocks = np.array([block for table, num_hits in zip(tables, hits) for block in table[num_hits:]], dtype=np.int64)
             zero_blocks(self.kv_cache, upload(new_blocks, self.device), self.block_size)
+        if drafts := output.scheduled_spec_decode_tokens:
+            rows = [self.batch.row_of[request_id] for request_id in drafts]
+            self.rows.write_tokens(rows, self.batch.num_tokens[rows].tolist(), list(drafts.values()))
+
+    def rewind(self, rewound: Mapping[str, Rewind]) -> None:
+        """Take rows back to what is true of them. The row counts all its drafts as accepted until it is told otherwise."""
+        known = {self.batch.row_of[request_id]: rewind for request_id, rewind in rewound.items() if request_id in self.batch.row_of}
+        if known:
+            rows, starts = list(known), [rewind.num_computed_tokens for rewind in known.values()]
+            token_ids = [rewind.token_ids for rewind in known.values()]
+            self.batch.rewind(rows, starts, [start + len(tokens) for start, tokens in zip(starts, token_ids)], self.block_size)
+            self.rows.write_tokens(rows, starts, token_ids)
+            row_ids, positions = self.upload(np.array(rows), np.array(starts))
+            self.rows.positions[row_ids] = positions.int()
 
     def forward(self, inputs: StepInputs) -> Tensor:
         """One pass over T tokens of B requests; returns hidden states (T, E)."""
@@ -173,26 +191,37 @@ class ModelRunner:
         return FlexMetadata(slots, decode, prefill, count)
 
     def sample(self, inputs: StepInputs, hidden: Tensor, prompt_logprobs: PromptLogprobs) -> AsyncOutput:
-        """One token for every request that this step has brought to its newest one; others are still in their prompt."""
-        rows = inputs.rows[inputs.samples]
+        """One token for every request that this step has brought to its newest one, and one behind each of its drafts; other
+        requests are still in their prompt.
+        """
+        rows, num_sampled = inputs.rows[inputs.samples], 1 + inputs.num_drafts[inputs.samples]
         if len(rows) == 0:
             return AsyncOutput(prompt_logprobs=prompt_logprobs)
-        last, index = self.upload((np.cumsum(inputs.query_lens) - 1)[inputs.samples], rows)  # their last rows in the flat batch
+        # How far each sampled token is from its request's last: 0, or 2, 1, 0 behind two drafts.
+        back = np.repeat(np.cumsum(num_sampled), num_sampled) - np.arange(num_sampled.sum()) - 1  # (R,)
+        last = np.repeat(np.cumsum(inputs.query_lens)[inputs.samples] - 1, num_sampled) - back  # in the flat batch
+        rows = np.repeat(rows, num_sampled)
+        last, index, behind = self.upload(last, rows, back)
         logits = self.model.compute_logits(hidden[last])  # (R, V)
-        if self.graphs is not None and not self.batch.wants_more_than_temperature:
+        if self.graphs is not None and not self.batch.wants_more_than_temperature and not back.any():
             return self.launched(rows, logits, self.graphs.sample(logits, index), prompt_logprobs)
-        return self.launched(rows, logits, self.sample_by_all_parameters(logits, rows, index), prompt_logprobs)
+        offsets = np.repeat(num_sampled, num_sampled) - 1 - back
+        return self.launched(rows, logits, self.sample_by_all_parameters(logits, rows, index, offsets, behind), prompt_logprobs)
 
-    def sample_by_all_parameters(self, logits: Tensor, rows: np.ndarray, index: Tensor) -> Tensor:
-        """A token (R,) for each of the logits (R, V), by all that their requests ask for; it becomes its row's newest."""
-        metadata = self.sampling_metadata(rows, index)
+    def sample_by_all_parameters(self, logits: Tensor, rows: np.ndarray, index: Tensor, offsets: np.ndarray | int = 0,
+                                 back: Tensor | int = 0) -> Tensor:
+        """A token (R,) for each of the logits (R, V), by all that their requests ask for; it becomes its row's newest.
+
+        A row may come several times: its token then stands `offsets` behind the known ones, `back` before the step's last.
+        """
+        metadata = self.sampling_metadata(rows, index, offsets, back)
         token_ids = sample(logits, metadata)
         self.rows.token_ids[index, metadata.positions] = token_ids.int()
         return token_ids
 
     def launched(self, rows: np.ndarray, logits: Tensor, token_ids: Tensor, prompt_logprobs: PromptLogprobs) -> AsyncOutput:
         """Count each row's sampled token (R,), and send it on its way to the host."""
-        self.batch.num_tokens[rows] += 1
+        np.add.at(self.batch.num_tokens, rows, 1)
         requests = [self.batch.request(row) for row in rows]
         step = AsyncOutput([request.request_id for request in requests], token_ids, prompt_logprobs)
         asked = {index: request.params.logprobs for index, request in enumerate(requests) if request.params.logprobs is not None}
@@ -202,11 +231,14 @@ class ModelRunner:
             step.add_logprobs(compute_logprobs(logits[chosen], token_ids[chosen], most), asked)
         return step
 
-    def sampling_metadata(self, rows: np.ndarray, index: Tensor) -> SamplingMetadata:
-        """What the sampler must know of these rows. Built when the batch changes; else only positions and history move."""
+    def sampling_metadata(self, rows: np.ndarray, index: Tensor, offsets: np.ndarray | int, back: Tensor | int) -> SamplingMetadata:
+        """What the sampler must know of these rows. Built when the batch changes; else only positions and history move.
+
+        A token's history is its row up to its own position, so that drafts before it count and those behind it do not.
+        """
         requests = [self.batch.request(row) for row in rows]
         key = [request.admission for request in requests]
-        known = self.batch.num_tokens[rows]  # where the new tokens will stand
+        known = self.batch.num_tokens[rows] + offsets  # where the new tokens will stand
         if key != self.sampling_key:
             self.sampling_key = key
             self.metadata = SamplingMetadata.from_requests(
@@ -214,7 +246,7 @@ class ModelRunner:
                            request.bad_words_token_ids) for request, position in zip(requests, known)],
                 self.model.config.vocab_size, self.device)
         history = self.rows.token_ids[index, : known.max()].long() if self.metadata.needs_history else None  # (R, L)
-        self.metadata = self.metadata.advance(self.rows.positions[index].long(), history)
+        self.metadata = self.metadata.advance(self.rows.positions[index].long() - back, history)
         return self.metadata
 
     def prompt_logprobs(self, inputs: StepInputs, hidden: Tensor) -> PromptLogprobs:

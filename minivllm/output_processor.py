@@ -34,14 +34,15 @@ class ChildState:
     def update(self, logprobs: list[dict[int, Logprob]]) -> None:
         """Take in the tokens that the request has gained, and note the stop string that they completed, if any."""
         request = self.request
-        num_new = request.num_output_tokens - len(self.token_ids)
-        new_token_ids = request.all_token_ids[request.num_tokens - num_new:]
-        self.token_ids += new_token_ids
-        if self.logprobs is not None and self.cumulative_logprob is not None:
-            self.logprobs += logprobs[:num_new]
-            self.cumulative_logprob += sum(entry[token].logprob for token, entry in zip(new_token_ids, logprobs))
+        new_token_ids = request.output_token_ids[len(self.token_ids):]
         ended_by_token = request.status == RequestStatus.FINISHED_STOPPED
         self.stop_string = self.detokenizer.update(new_token_ids, stop_terminated=ended_by_token)
+        if self.stop_string is not None:  # what an accepted run holds behind it was never said
+            new_token_ids = new_token_ids[: self.detokenizer.num_tokens_kept - len(self.token_ids)]
+        self.token_ids += new_token_ids
+        if self.logprobs is not None and self.cumulative_logprob is not None:
+            self.logprobs += logprobs[: len(new_token_ids)]
+            self.cumulative_logprob += sum(entry[token].logprob for token, entry in zip(new_token_ids, logprobs))
 
     def to_output(self) -> CompletionOutput:
         """A snapshot that later steps do not change. A stop string outranks a length reached by the same token."""
@@ -96,19 +97,21 @@ class OutputProcessor:
         for child in states:
             self.parents[child.request.request_id] = (state, child)
 
-    def update(self, requests: list[Request], output: ModelOutput) -> list[str]:
-        """Take in what a step produced: new text and logprobs. Returns the ids of requests that a stop string has ended."""
+    def update(self, requests: list[Request], output: ModelOutput) -> dict[str, int]:
+        """Take in what a step produced: new text and logprobs. Returns the ids of requests that a stop string has ended, and
+        how many tokens they have behind it: with speculation a step brings several.
+        """
         for request_id, (start, entries) in output.prompt_logprobs.items():
             known = self.parents[request_id][0].prompt_logprobs
             # A preempted request computes its prompt again: what is known already is not taken twice.
             if known is not None and len(known) >= start:
                 known += map(self.name_tokens, entries[len(known) - start:])
-        stopped = []
+        stopped = {}
         for request in requests:
             child = self.parents[request.request_id][1]
             child.update([self.name_tokens(entry) for entry in output.logprobs.get(request.request_id, ())])
             if child.stop_string is not None:
-                stopped.append(request.request_id)
+                stopped[request.request_id] = request.num_output_tokens - len(child.token_ids)
         return stopped
 
     def name_tokens(self, entry: dict[int, Logprob]) -> dict[int, Logprob]:

@@ -87,6 +87,7 @@ class Request:
         self.all_token_ids: list[int] = list(prompt_token_ids)
         self.num_computed_tokens = 0
         self.num_output_placeholders = 0  # tokens that steps in flight will sample for it: counted, and not known yet
+        self.spec_token_ids: list[int] = []  # guesses at its next tokens, while the step that verifies them is planned (lesson 12)
         self.max_num_computed_tokens = 0  # the most that it ever was: what lies below is computed again after a preemption
         self.num_cached_tokens = -1  # prefix-cache hits at the first admission; -1 until then
         self.num_preemptions = 0
@@ -100,6 +101,10 @@ class Request:
     @property
     def num_tokens(self) -> int:
         return len(self.all_token_ids)
+
+    @property
+    def num_tokens_with_spec(self) -> int:
+        return len(self.all_token_ids) + len(self.spec_token_ids)
 
     @property
     def num_output_tokens(self) -> int:

@@ -100,7 +100,7 @@ class Scheduler:
             num_coming = request.num_output_placeholders
             if num_coming and reaches_length(request, self.max_model_len, num_coming):
                 continue  # its last token is on the way: another position would be computed for nothing
-            num_new_tokens = self._split(request.num_tokens + num_coming - request.num_computed_tokens, budget)
+            num_new_tokens = self._split(request.num_tokens_with_spec + num_coming - request.num_computed_tokens, budget)
             if num_new_tokens == 0:
                 continue  # not `break`: the next one may fit into what is left
             new_blocks = self._allocate_or_preempt(request, num_new_tokens)
@@ -216,9 +216,9 @@ class Scheduler:
         self.next_output.num_scheduled_tokens[request.request_id] = num_new_tokens
         end = request.num_computed_tokens = request.num_computed_tokens + num_new_tokens
         request.max_num_computed_tokens = max(request.max_num_computed_tokens, end)
-        if end == request.num_tokens + request.num_output_placeholders:
-            request.num_output_placeholders += 1
-        # min: a position may be computed before its token is known here, and without it the block has no name until later
+        if end == request.num_tokens_with_spec + request.num_output_placeholders:
+            request.num_output_placeholders += 1 + len(request.spec_token_ids)
+        # min: a position may be computed before its token is known here, or accepted; without it the block has no name until later
         self.next_output.cached_block_ids += self.kv_cache_manager.cache_blocks(request, min(end, request.num_tokens))
 
     def update_from_output(self, scheduler_output: SchedulerOutput, model_output: ModelOutput) -> list[Request]:

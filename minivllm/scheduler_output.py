@@ -60,6 +60,16 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
+class Rewind(NamedTuple):
+    """Guesses in a row were wrong: so many of its positions count as computed, and these are its known tokens from there on.
+
+    It keeps the blocks that these positions fill or begin, and no other.
+    """
+
+    num_computed_tokens: int
+    token_ids: list[int]
+
+
 @dataclass(eq=False)  # a step is itself: two steps often say the same
 class SchedulerOutput:
     """One step. `total_num_scheduled_tokens <= max_num_batched_tokens`, and every count in it is at least 1."""
@@ -69,7 +79,8 @@ class SchedulerOutput:
     new_block_ids: dict[str, list[int]] = field(default_factory=dict)  # of running requests whose table grew
     finished_request_ids: list[str] = field(default_factory=list)  # since the last step
     preempted_request_ids: list[str] = field(default_factory=list)  # since the last step
-    scheduled_spec_decode_tokens: dict[str, list[int]] = field(default_factory=dict)  # empty until lesson 12
+    scheduled_spec_decode_tokens: dict[str, list[int]] = field(default_factory=dict)  # drafts: a request's last tokens of the step
+    rewound_requests: dict[str, Rewind] = field(default_factory=dict)  # since the last step; before new_requests and new_block_ids
     cached_block_ids: list[int] = field(default_factory=list)  # blocks this step gave a hash; a failed step takes it back
     decisions: list[Decision] = field(default_factory=list)  # since the last step
 
@@ -114,7 +125,7 @@ class SchedulerStats:
     When every request has come to its end, no step has failed, and no request was aborted or found after a preemption what it
     had not computed itself:
         num_scheduled_tokens == num_prompt_tokens - prefix_cache_hits + num_generated_tokens - num_finished
-                                + num_recomputed_tokens + discarded_positions
+                                + num_recomputed_tokens + discarded_positions + num_rejected_positions
     (a request's last token need not be computed: nothing follows it. Planned one step ahead it sometimes is, and discarded).
     """
 
@@ -130,12 +141,27 @@ class SchedulerStats:
     prefix_cache_queries: int = 0  # in tokens, as vLLM counts; returns after preemption are not counted
     prefix_cache_hits: int = 0
     discarded_positions: int = 0  # computed for a request that had ended when the result came
+    num_drafts: int = 0  # vLLM's four names: how often drafts were verified,
+    num_draft_tokens: int = 0  # how many,
+    num_accepted_tokens: int = 0  # how many of these the model would have said itself,
+    num_accepted_tokens_per_pos: list[int] = field(default_factory=list)  # and how many of the first, second, ... of a run
+    num_rejected_positions: int = 0  # computed for drafts that brought no token
 
     def count_admission(self, request: Request, num_hit_tokens: int, reads_cache: bool) -> None:
         """A first admission; a return after preemption is not counted again."""
         self.num_prompt_tokens += request.num_prompt_tokens
         self.prefix_cache_queries += request.num_tokens if reads_cache else 0
         self.prefix_cache_hits += num_hit_tokens
+
+    def count_drafts(self, num_drafted: int, num_accepted: int) -> None:
+        """One verification of a request's drafts."""
+        per_pos = self.num_accepted_tokens_per_pos
+        per_pos += [0] * (num_drafted - len(per_pos))
+        for position in range(num_accepted):
+            per_pos[position] += 1
+        self.num_drafts += 1
+        self.num_draft_tokens += num_drafted
+        self.num_accepted_tokens += num_accepted
 
     def count_tokens(self, request: Request, num_new_tokens: int, num_new_blocks: int) -> None:
         """A request's share of a step, before its progress moves on."""

@@ -23,6 +23,7 @@ import torch
 
 from minivllm.compile_cache import CompileCache
 from minivllm.config import EngineConfig, ModelConfig
+from minivllm.draft_model import DraftModelProposer, load_draft, make_proposer
 from minivllm.exceptions import CheckpointError, NotEnoughMemoryError, ValidationError
 from minivllm.generation_config import GenerationDefaults, read_generation_config
 from minivllm.memory import decide_num_blocks, is_out_of_memory, kv_bytes_per_block, out_of_memory
@@ -30,6 +31,7 @@ from minivllm.model import Qwen2ForCausalLM
 from minivllm.model_runner import ModelRunner
 from minivllm.packed_linear import pack_linears
 from minivllm.profile_run import MemorySum, measure_memory
+from minivllm.speculative import Proposer
 from minivllm.threads import set_num_threads
 from minivllm.weights import load_dummy_model, load_model, resolve_dtype, resolve_model
 
@@ -46,6 +48,7 @@ class Started:
     defaults: GenerationDefaults
     chat_template: str | None
     runner: ModelRunner
+    proposer: Proposer | None  # who guesses ahead
     report: str
 
 
@@ -80,21 +83,23 @@ def _start(config: EngineConfig, began: dict[str, float]) -> Started:
     is_dummy = config.load_format == "dummy"
     model = load_dummy_model(model_config, dtype, device, config.seed) if is_dummy else load_model(folder, dtype, device)
     num_bytes = sum(weight.numel() * weight.itemsize for weight in model.parameters())
-    told = {"threads": set_num_threads(device),
+    draft, speculation = load_draft(config, model, tokenizer, dtype, device)
+    told = {"threads": set_num_threads(device), "speculation": speculation,
             "weights": f"{num_bytes:,} bytes, {pack_linears(model, device, config.max_num_seqs)}"}
     began["profile run"] = time.perf_counter()
-    config, memory = decide_sizes(config, model_config, dtype, device, model)
+    config, memory = decide_sizes(config, model_config, dtype, device, model, draft)
     began["KV pool"] = time.perf_counter()
     runner = ModelRunner(model, config, device, tokenizer)
+    proposer = make_proposer(config, draft, device, tokenizer)
     began["compiling"] = time.perf_counter()
     cache = CompileCache() if device.type == "cuda" and config.attention_backend == "flex_attention" else None
-    capture_seconds = runner.warm_up()
+    capture_seconds = runner.warm_up() + (proposer.warm_up() if isinstance(proposer, DraftModelProposer) else 0.0)
     began["capturing"] = time.perf_counter() - capture_seconds
     defaults = read_generation_config(folder, config.generation_config, tokenizer)
     template = load_chat_template(config.chat_template) or getattr(tokenizer, "chat_template", None)
     report = write_report(config, model, told, defaults, template, folder, memory, cache, began)
     logger.info("%s", report)
-    return Started(config, model_config, tokenizer, defaults, template, runner, report)
+    return Started(config, model_config, tokenizer, defaults, template, runner, proposer, report)
 
 
 def configure_logging() -> None:
@@ -148,7 +153,8 @@ def decide_device(asked: str) -> torch.device:
 
 
 def decide_sizes(config: EngineConfig, model_config: ModelConfig, dtype: torch.dtype, device: torch.device,
-                 model: Qwen2ForCausalLM | None = None) -> tuple[EngineConfig, MemorySum | None]:
+                 model: Qwen2ForCausalLM | None = None,
+                 draft: Qwen2ForCausalLM | None = None) -> tuple[EngineConfig, MemorySum | None]:
     """The same config with every size filled in, and the sum of a GPU's memory if one was needed, by a profile run of `model`.
 
     A max_model_len that nobody asked for is lowered to what the pool holds; one that was asked for stays.
@@ -166,7 +172,7 @@ def decide_sizes(config: EngineConfig, model_config: ModelConfig, dtype: torch.d
     if num_blocks is None:
         if on_gpu and model is not None and config.kv_cache_memory_bytes is None:
             memory = measure_memory(model, config, backend, max_model_len, decide_budget(config, max_model_len, on_gpu), device)
-        block_bytes = kv_bytes_per_block(model_config, block_size, dtype)
+        block_bytes = sum(kv_bytes_per_block(one, block_size, dtype) for one in (model_config, *([draft.config] if draft else ())))
         num_blocks = decide_num_blocks(config, block_bytes, block_size, max_model_len, memory)
     if config.max_model_len is None:
         max_model_len = min(max_model_len, (num_blocks - 1) * block_size + 1)  # the last token of a sequence needs no KV
@@ -174,8 +180,9 @@ def decide_sizes(config: EngineConfig, model_config: ModelConfig, dtype: torch.d
                                 num_blocks=num_blocks, max_model_len=max_model_len, attention_backend=backend,
                                 max_num_batched_tokens=decide_budget(config, max_model_len, on_gpu),
                                 # a CPU has nothing to overlap, and a trace is easier to read step by step
-                                async_scheduling=(on_gpu and config.trace is None) if config.async_scheduling is None
-                                else config.async_scheduling)
+                                # and drafts follow the tokens of the step before
+                                async_scheduling=(on_gpu and config.trace is None and config.speculative_config is None)
+                                if config.async_scheduling is None else config.async_scheduling)
     return sized, memory
 
 
@@ -231,6 +238,7 @@ def write_report(config: EngineConfig, model: Qwen2ForCausalLM, told: dict[str, 
         f"budget of a step   {config.max_num_batched_tokens:,} tokens; chunked prefill {_on(config.enable_chunked_prefill)}, "
         f"prefix cache {_on(config.enable_prefix_caching)}",
         f"attention          {config.attention_backend}",
+        *([f"speculation        {told['speculation']}"] if told.get("speculation") else []),
         *([f"threads            {told['threads']}"] if config.device == "cpu" else []),
         *([f"compile cache      {cache.describe()}"] if cache else []),
         f"sampling defaults  {defaults.describe()}",

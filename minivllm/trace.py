@@ -108,7 +108,8 @@ class TraceRecorder:
             "scheduled": dict(output.num_scheduled_tokens),
             "new_blocks": {request_id: list(ids) for request_id, ids in output.new_block_ids.items() if ids},
             "cached": list(output.cached_block_ids),  # full, and known to the prefix cache from now on
-            "sampled": sampled, "first_tokens": first_tokens,
+            "drafts": dict(output.scheduled_spec_decode_tokens),
+            "sampled": sampled, "first_tokens": first_tokens, "rewound": self._rewound(),
             "preempted": list(output.preempted_request_ids), "finished": finished,
             "waiting": self._waiting(), "free_blocks": self.scheduler.kv_cache_manager.num_free_blocks,
             "decisions": [{"request_id": decision.request_id, "action": decision.action, "reason": decision.reason,
@@ -129,6 +130,13 @@ class TraceRecorder:
 
     def _time(self) -> float:
         return round(self.scheduler.clock(), 6)
+
+    def _rewound(self) -> dict[str, list[int]]:
+        """Whose drafts the step has found wrong: how many positions and how many blocks they are left with."""
+        size = self.scheduler.kv_cache_manager.block_size
+        rewound = self.scheduler.next_output.rewound_requests
+        return {request_id: [rewind.num_computed_tokens, -(-rewind.num_computed_tokens // size)]
+                for request_id, rewind in rewound.items() if request_id in self.resident}
 
     def _keyframe(self) -> Record:
         manager = self.scheduler.kv_cache_manager
@@ -227,6 +235,9 @@ def _apply_step(state: TraceState, record: Record) -> None:
         state.requests[request_id]["num_computed_tokens"] += count
     for request_id, token_ids in record["sampled"].items():  # the live page is told how many, and not which
         state.requests[request_id]["num_tokens"] += token_ids if isinstance(token_ids, int) else len(token_ids)
+    for request_id, (num_computed, num_blocks) in record.get("rewound", {}).items():
+        state.requests[request_id]["num_computed_tokens"] = num_computed
+        del state.requests[request_id]["blocks"][num_blocks:]
     for request_id in record["finished"]:
         state.requests.pop(request_id, None)
     state.step, state.waiting, state.free_blocks, state.last = record["step"], record["waiting"], record["free_blocks"], record

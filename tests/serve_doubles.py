@@ -92,7 +92,7 @@ class ScriptedEngine:
         self.errored = False
         self.streams: list[ScriptedStream] = []
         self.engine = SimpleNamespace(
-            tokenizer=self.tokenizer, config=SimpleNamespace(max_model_len=max_model_len, max_logprobs=20),
+            tokenizer=self.tokenizer, config=SimpleNamespace(max_model_len=max_model_len, max_logprobs=20, speculative_config=None),
             model_config=SimpleNamespace(vocab_size=len(self.tokenizer)), default_sampling_params=defaults or {},
             chat_template=chat_template)
 

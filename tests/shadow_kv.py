@@ -14,10 +14,11 @@ The runner here sees only `SchedulerOutput`, as the real one does, so the differ
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from hypothesis import strategies as st
 
+from minivllm import speculative
 from minivllm.config import EngineConfig
 from minivllm.exceptions import ValidationError
 from minivllm.kv_cache import KVCacheManager
@@ -25,6 +26,7 @@ from minivllm.request import Request, RequestStatus
 from minivllm.sampling_params import SamplingParams
 from minivllm.scheduler import Scheduler
 from minivllm.scheduler_output import ModelOutput, SchedulerOutput
+from minivllm.speculative import DraftRoom, SpeculatingScheduler
 
 EOS = 0
 FAILURES = ("before the rows", "after the rows", "halfway through the writes", "after the writes")  # of a launch
@@ -46,6 +48,8 @@ class World:
     caching: bool = True
     letters: int = 2
     plans_ahead: bool = False
+    num_drafts: int = 0  # most drafts of a request in a step; 0: nobody speculates
+    right: int = 4  # of five drafts so many are right
 
     def make_scheduler(self) -> Scheduler:
         budget = self.max_num_batched_tokens if self.chunked else max(self.max_num_batched_tokens, self.max_model_len)
@@ -54,6 +58,8 @@ class World:
             max_num_batched_tokens=budget, max_model_len=self.max_model_len, enable_prefix_caching=self.caching,
             enable_chunked_prefill=self.chunked, long_prefill_token_threshold=self.threshold if self.chunked else 0)
         manager = KVCacheManager(self.num_blocks, self.block_size, self.caching, self.max_model_len)
+        if self.num_drafts:
+            return SpeculatingScheduler(config, manager, clock=lambda: 0.0, proposer=ReplayProposer(self))
         return Scheduler(config, manager, clock=lambda: 0.0)
 
 
@@ -80,6 +86,28 @@ def expected_tokens(prompt: list[int], salt: int, max_tokens: int, stops_at_eos:
     return tokens[len(prompt):]
 
 
+@dataclass
+class ReplayProposer:
+    """Knows how everybody goes on, says so or lies, and sometimes says nothing: a function of the world and the sequence."""
+
+    world: World
+
+    def propose(self, requests: list[Request], room: DraftRoom) -> dict[str, list[int]]:
+        drafts = {}
+        for request in requests:
+            names = name_prefixes(request.all_token_ids, salt := int(request.cache_salt or 0))
+            wanted = names[-1] % (self.world.num_drafts + 1)
+            token_ids = list(request.all_token_ids)
+            for _ in range(room.reserve(request, wanted)):
+                name = name_prefixes(token_ids, salt)[-1]
+                token_ids.append((next_token(name, self.world.letters) + (name % 5 >= self.world.right)) % self.world.letters)
+            drafts[request.request_id] = token_ids[request.num_tokens:]
+        return drafts
+
+    def close(self) -> None:
+        pass
+
+
 class StepFailed(Exception):
     """What an injected failure raises."""
 
@@ -102,7 +130,7 @@ class ShadowRunner:
         self.kv: dict[int, int] = {}
         self.rows: dict[str, Row] = {}
         self.salts: dict[str, int] = {}  # the one thing a row needs that a step does not say
-        self.num_positions = 0
+        self.num_positions = self.num_accepted = 0
         self.is_broken = False  # a step has failed on the device: garbage is what it and all later ones compute
 
     def slot(self, row: Row, position: int) -> int:
@@ -121,14 +149,17 @@ class ShadowRunner:
             raise StepFailed
         sampled = {}
         for request_id, num_tokens in output.num_scheduled_tokens.items():
-            row = self.rows[request_id]
+            row, drafts = self.rows[request_id], output.scheduled_spec_decode_tokens.get(request_id, [])
             row.num_computed += num_tokens
             if not self.is_broken:
                 self.read(request_id, row)
             if row.num_computed == len(row.token_ids):
-                token_id = next_token(name_prefixes(row.token_ids, row.salt)[-1], self.world.letters)
-                row.token_ids.append(token_id)
-                sampled[request_id] = [token_id]
+                num_known = len(row.token_ids) - len(drafts)
+                names = name_prefixes(row.token_ids, row.salt)[num_known - 1:]
+                row.token_ids[num_known:] = [next_token(name, self.world.letters) for name in names]
+                sampled[request_id] = speculative.accepted_run(drafts, row.token_ids[num_known:])
+                said = [draft == token_id for draft, token_id in zip(drafts, row.token_ids[num_known:])]
+                self.num_accepted += (*said, False).index(False)
         self.num_positions += output.total_num_scheduled_tokens
         return ModelOutput(sampled)
 
@@ -136,6 +167,11 @@ class ShadowRunner:
         """Drop, add, lengthen, in this order. A block that is handed out is wiped, as the real runner zeroes it."""
         for request_id in output.finished_request_ids + output.preempted_request_ids:
             self.rows.pop(request_id, None)
+        for request_id, rewind in output.rewound_requests.items():
+            if request_id in self.rows:
+                row, end = self.rows[request_id], rewind.num_computed_tokens
+                row.token_ids[end:], row.num_computed = rewind.token_ids, end
+                del row.table[-(-end // self.world.block_size):]
         for new in output.new_requests:
             assert new.request_id not in self.rows, f"request {new.request_id} is new and the runner has a row of it"
             self.rows[new.request_id] = Row(new.token_ids, new.block_ids, new.num_computed_tokens, self.salts[new.request_id])
@@ -143,6 +179,8 @@ class ShadowRunner:
         for request_id, block_ids in output.new_block_ids.items():
             self.rows[request_id].table += block_ids
             self.wipe(block_ids)
+        for request_id, token_ids in output.scheduled_spec_decode_tokens.items():
+            self.rows[request_id].token_ids += token_ids
 
     def wipe(self, block_ids: list[int]) -> None:
         for block_id in block_ids:
@@ -186,6 +224,7 @@ class ShadowEngine:
     first_tokens: list[int] = field(default_factory=list)  # arrival numbers, in the order of first tokens
     num_steps: int = 0
     num_failures: int = 0
+    num_drafted: int = 0
 
     def __post_init__(self) -> None:
         self.scheduler = self.world.make_scheduler()
@@ -253,6 +292,9 @@ class ShadowEngine:
             return False
         rows, residents = self.runner.rows.keys(), {request.request_id for request in self.scheduler.running}
         assert rows == residents, f"the runner has rows of {sorted(rows)}, and running are {sorted(residents)}"
+        for request_id, row in self.runner.rows.items():
+            table = self.manager.get_block_ids(request_id)
+            assert row.table == table, f"the runner's table of request {request_id} is {row.table}, and it owns {table}"
         self.launched.append((planned, None if failure == AT_ITS_RESULT else model_output))
         return True
 
@@ -266,7 +308,7 @@ class ShadowEngine:
         moved = self.scheduler.update_from_output(planned, model_output)
         for request in moved:
             assert not self.world.plans_ahead or request.num_output_placeholders in (0, 1), f"{request!r} has too many on the way"
-            if request.num_output_tokens == 1:
+            if not before[id(request)]:
                 self.first_tokens.append(int(request.times.arrival))
         for request in self.accepted.values():
             assert request in moved or request.output_token_ids == before[id(request)], f"{request!r} has moved unseen"
@@ -291,6 +333,14 @@ class ShadowEngine:
         self.check_amounts(output)
         self.check_admissions(output)
         self.check_order(output, waiting, did_preempt)
+        assert not (output.scheduled_spec_decode_tokens and did_preempt), f"step {self.num_steps} preempts to verify drafts"
+        for request_id, drafts in output.scheduled_spec_decode_tokens.items():
+            self.num_drafted += len(drafts)
+            num_left = self.num_left(self.scheduler.requests[request_id])
+            assert num_left > len(drafts) > 0, f"request {request_id} has {len(drafts)} drafts and ends in {num_left} tokens"
+        for request_id in output.rewound_requests if output.num_scheduled_tokens else ():
+            assert request_id in (*output.num_scheduled_tokens, *output.preempted_request_ids, *output.finished_request_ids), (
+                f"request {request_id} is taken back and neither moves nor gives way")
         if not did_preempt:
             self.check_no_idling(output)
         return output
@@ -345,6 +395,9 @@ class ShadowEngine:
             assert num_blocks > num_free or (not self.world.chunked and head.num_tokens > left), (
                 f"request {head.request_id} needs {num_blocks} blocks of {num_free} free and is not admitted")
 
+    def num_left(self, request: Request) -> int:
+        return min(request.num_prompt_tokens + request.max_tokens, self.world.max_model_len) - request.num_tokens
+
     def waits_for_its_end(self, request: Request) -> bool:
         """Its last token is on the way."""
         num_tokens = request.num_tokens + request.num_output_placeholders
@@ -371,7 +424,20 @@ class ShadowEngine:
             num_tokens = request.num_tokens + request.num_output_placeholders
             assert request.num_computed_tokens < num_tokens, f"{request!r} runs and has nothing to do"
             assert self.launched or not request.num_output_placeholders, f"{request!r} waits for a token that nobody samples"
+            if request.request_id in scheduler.next_output.rewound_requests:
+                num_unused = num_slots - request.num_computed_tokens
+                assert num_unused < self.world.block_size, f"{request!r} keeps the blocks of its drafts"
+            self.check_published(request)
         assert len(scheduler.in_flight) == len(self.launched)
+
+    def check_published(self, request: Request) -> None:
+        """A published block holds tokens that were said, and the name says which."""
+        if self.launched:  # of a step in flight nothing is known yet
+            return
+        size, table = self.world.block_size, self.manager.get_block_ids(request.request_id)
+        for index in range(self.manager.num_cached_blocks[request.request_id] if self.world.caching else 0):
+            name, said = self.manager.pool.block_hashes[table[index]], request.all_token_ids[index * size:(index + 1) * size]
+            assert list(name.token_ids) == said, f"{request!r} has published {name.token_ids} and said {said}"
 
     def run_to_the_end(self) -> None:
         """Whoever is oldest moves in every step, so the work of all, once more for each failure, bounds the steps."""
@@ -405,7 +471,10 @@ class ShadowEngine:
         if not self.num_failures and not self.aborted and (not self.world.caching or not stats.num_preemptions):
             assert stats.num_scheduled_tokens == (
                 stats.num_prompt_tokens - stats.prefix_cache_hits + stats.num_generated_tokens - stats.num_finished
-                + stats.num_recomputed_tokens + stats.discarded_positions), f"positions do not add up: {stats}"
+                + stats.num_recomputed_tokens + stats.discarded_positions + stats.num_rejected_positions), (
+                f"positions do not add up: {stats}")
+        counted, seen = (stats.num_draft_tokens, stats.num_accepted_tokens), (self.num_drafted, self.runner.num_accepted)
+        assert counted == seen or self.num_failures, f"drafts and accepted drafts are {seen}, and counted are {counted}"
         if not self.aborted and (not self.world.plans_ahead or not any(stops_at_eos for *_, stops_at_eos in self.asked)):
             assert stats.discarded_positions == 0, f"{stats.discarded_positions} positions were computed for nothing"
 
@@ -459,3 +528,11 @@ def workloads(draw) -> tuple[World, list[tuple]]:
         return draw(st.sampled_from(MISHAPS))
 
     return world, [operation() for _ in range(draw(st.integers(1, 30)))]
+
+
+@st.composite
+def speculating_workloads(draw) -> tuple[World, list[tuple]]:
+    """The same, with drafts that are always right, always wrong, or mostly one of the two."""
+    world, operations = draw(workloads())
+    num_drafts, right = draw(st.integers(1, 6)), draw(st.sampled_from([0, 2, 4, 5, 5]))
+    return replace(world, plans_ahead=False, num_drafts=num_drafts, right=right), operations

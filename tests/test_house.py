@@ -15,11 +15,12 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "minivllm"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 TORCH_FREE = ["block_pool", "kv_cache", "request", "sampling_params", "scheduler", "scheduler_output",
-              "steps_in_flight", "config", "exceptions", "learn"]
+              "steps_in_flight", "config", "exceptions", "speculative", "speculative_config", "learn"]
 MAX_MODULE_LINES, MAX_FUNCTION_LINES = 300, 30
 COURSE = ("learn", "learn_check", "learn_files", "exercises", "blanks", "viz", "trace", "compare", "cost", "generate",
           "dense_cache", "slot_batching")
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+SPECULATION = ("speculative", "speculative_config", "draft_model", "rejection_sampling")
 FAST_RUNGS = ("flex_attention", "compiled_model", "cuda_graphs", "prompt_graphs", "profile_run", "compile_cache",
               "one_token", "split_linear",  # on a GPU, as those before
               "packed_linear", "standing_attention", "threads")  # on a CPU
@@ -95,13 +96,16 @@ def count_code_lines(path: Path) -> int:
 
 
 def test_the_engine_can_be_read_in_an_afternoon():
-    """The engine is at most 3,360 lines of code and its fast rungs 575 more, which can be left out, with at most 0.7 lines of
-    prose and space for each; server, bench, training program and course come on top.
+    """The engine is at most 3,430 lines of code, its fast rungs 575 and speculation 400 more, both of which can be left out, with
+    at most 0.7 lines of prose and space for each; server, bench, training program and course come on top.
     """
     engine = [path for path in MODULES if path.relative_to(PACKAGE).parts[0].removesuffix(".py") not in NOT_ENGINE]
     code = {path.stem: count_code_lines(path) for path in engine}
     rung = sum(code.pop(name) for name in FAST_RUNGS)
+    guessing = sum(code.pop(name) for name in SPECULATION)
     lines = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in engine)
-    assert sum(code.values()) <= 3360, f"the engine has {sum(code.values())} lines of code in {len(code)} modules"
+    assert sum(code.values()) <= 3430, f"the engine has {sum(code.values())} lines of code in {len(code)} modules"
     assert rung <= 575, f"its fast rungs have {rung}"
-    assert lines <= 1.7 * (sum(code.values()) + rung), f"{lines} lines for {sum(code.values()) + rung} lines of code"
+    assert guessing <= 400, f"speculation has {guessing}"
+    total = sum(code.values()) + rung + guessing
+    assert lines <= 1.7 * total, f"{lines} lines for {total} lines of code"

@@ -151,9 +151,9 @@ def test_t36_an_engine_that_was_profiled_starts_from_zero(monkeypatch):
     plain = LLM(model_and_folder()[1], skip_tokenizer_init=True, max_model_len=64)
     expected = plain.generate([[1, 2, 3]], greedy(4), use_tqdm=False)
 
-    def decide(config, shape, dtype, device, model):
+    def decide(config, shape, dtype, device, model, *more):
         dummy_step(model, 128, 4, 64, device)
-        return decide_sizes(config, shape, dtype, device, model)
+        return decide_sizes(config, shape, dtype, device, model, *more)
 
     monkeypatch.setattr(startup, "decide_sizes", decide)
     llm = LLM(model_and_folder()[1], skip_tokenizer_init=True, max_model_len=64)

@@ -521,7 +521,7 @@ def test_prompt_logprobs_come_in_chunks(seed, num_tokens, chunk):
     assert len(got) == num_tokens, f"{len(got)} entries for {num_tokens} tokens"
     for index, (mine, wanted) in enumerate(zip(got, whole)):
         assert mine.keys() == wanted.keys(), f"token {index} shows {list(mine)}, computed at once {list(wanted)}"
-        assert all(mine[key].logprob == pytest.approx(wanted[key].logprob, abs=1e-5) for key in mine), f"token {index} differs"
+        assert all(mine[key].logprob == pytest.approx(wanted[key].logprob, abs=5e-5) for key in mine), f"token {index} differs"
 
 
 # These checks can fail

@@ -8,12 +8,13 @@ import textwrap
 
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
-from shadow_kv import play, workloads
+from shadow_kv import play, speculating_workloads, workloads
 
-from minivllm import kv_cache
+from minivllm import kv_cache, speculative
 from minivllm.block_pool import BlockPool
 from minivllm.kv_cache import KVCacheManager
 from minivllm.scheduler import Scheduler
+from minivllm.speculative import DraftRoom, SpeculatingScheduler
 from minivllm.steps_in_flight import StepsInFlight
 
 # 2,000 workloads by default, 200,000 with --hypothesis-profile=deep
@@ -25,6 +26,14 @@ NUM_WORKLOADS = settings().max_examples * (100 if settings.get_current_profile_n
 @given(workloads())
 def test_everybody_reads_its_own_sequence_and_nothing_else(workload):
     """Whatever is added, aborted, preempted, shared or lost in a failed step, every request reads and answers as if alone."""
+    play(*workload)
+
+
+@pytest.mark.timeout(0)
+@settings(max_examples=NUM_WORKLOADS // 2)
+@given(speculating_workloads())
+def test_drafts_change_no_answer_and_leave_nothing_behind(workload):
+    """Right, wrong and half right drafts: everybody reads its own sequence, answers as if alone, and pays with no block."""
     play(*workload)
 
 
@@ -104,21 +113,65 @@ PLANTED = [
 ]
 
 
-@pytest.mark.parametrize(("bug", "function", "right", "wrong"), PLANTED, ids=[bug for bug, *_ in PLANTED])
-def test_the_harness_catches(bug, function, right, wrong, monkeypatch):
+PLANTED_IN_SPECULATION = [
+    ("one draft too many is accepted", speculative.accepted_run, "[: num_right + 1]", "[: num_right + 2]"),
+    ("the token behind the drafts is lost", speculative.accepted_run, "[: num_right + 1]", "[: max(1, num_right)]"),
+    ("wrong drafts count as computed", SpeculatingScheduler._take_back, "request.num_computed_tokens -= num_rejected", "pass"),
+    ("one position too few is taken back", SpeculatingScheduler._take_back, "-= num_rejected", "-= num_rejected - 1"),
+    ("the blocks of wrong drafts stay", SpeculatingScheduler._take_back,
+     "self.kv_cache_manager.truncate(request, request.num_computed_tokens)", "pass"),
+    ("one block too many goes", SpeculatingScheduler._take_back,
+     "truncate(request, request.num_computed_tokens)", "truncate(request, request.num_computed_tokens - 1)"),
+    ("the runner is not told", SpeculatingScheduler._take_back, "self.next_output.rewound_requests[request.request_id] =", "_ ="),
+    ("drafts stay on their way", SpeculatingScheduler._take_back, "request.num_output_placeholders -= num_drafts", "pass"),
+    ("wrong drafts are computed again in the count", SpeculatingScheduler._take_back,
+     "request.max_num_computed_tokens = request.num_computed_tokens", "pass"),
+    ("positions of wrong drafts are not counted", SpeculatingScheduler.update_from_output,
+     "self.stats.num_rejected_positions +=", "_ ="),
+    ("drafts are published with the step", Scheduler._commit, "min(end, request.num_tokens)", "publish(self, request, end)"),
+    ("drafts are proposed once and scheduled for ever", SpeculatingScheduler.schedule, "request.spec_token_ids, []",
+     "request.spec_token_ids, request.spec_token_ids"),
+    ("drafts take the blocks that others need", DraftRoom.__init__, " - sum(map(self.num_blocks_for_known, running))", ""),
+    ("drafts take the budget that others need", DraftRoom.__init__,
+     "sum(one.num_tokens - one.num_computed_tokens for one in running)", "1"),
+    ("drafts go beyond the last token", DraftRoom.reserve, "min(most) - 1", "min(most)"),
+    ("drafts forget the threshold", DraftRoom.reserve, "share - 1", "share"),
+    ("budget is granted twice", DraftRoom.reserve, "self.num_tokens -= granted", "pass"),
+    ("blocks are granted twice", DraftRoom.reserve, "self.num_blocks -= len(new_blocks) - num_known", "pass"),
+    ("the runner does not hear of the blocks for drafts", DraftRoom.reserve,
+     "self.scheduler.next_output.new_block_ids[request.request_id] = new_blocks", "pass"),
+    ("requests behind in their prompt speculate", SpeculatingScheduler._draft, "== request.num_tokens - 1", "< request.num_tokens"),
+]
+
+
+def publish(scheduler, request, end):
+    """The bug that rejected drafts are published: names are made of the drafts as well."""
+    request.all_token_ids += request.spec_token_ids
+    scheduler.next_output.cached_block_ids += scheduler.kv_cache_manager.cache_blocks(request, min(end, request.num_tokens))
+    del request.all_token_ids[request.num_tokens - len(request.spec_token_ids):]
+    return min(end, request.num_tokens)
+
+
+CASES = [(*bug, workloads) for bug in PLANTED] + [(*bug, speculating_workloads) for bug in PLANTED_IN_SPECULATION]
+
+
+@pytest.mark.parametrize(("bug", "function", "right", "wrong", "draw"), CASES, ids=[bug for bug, *_ in CASES])
+def test_the_harness_catches(bug, function, right, wrong, draw, monkeypatch):
     """A planted bug does not survive the workloads: a harness that cannot fail proves nothing."""
     source = textwrap.dedent(inspect.getsource(function))
     assert source.count(right) == 1, f"{function.__qualname__} has no longer one place that says {right!r}"
     module = sys.modules[function.__module__]
-    code = compile("from __future__ import annotations\n" + source.replace(right, wrong), f"<{bug}>", "exec")
+    source = source.replace(right, wrong).replace("super()", "super(SpeculatingScheduler, self)")  # it stands in no class here
+    code = compile("from __future__ import annotations\n" + source, f"<{bug}>", "exec")
     scope: dict = {}
+    monkeypatch.setattr(module, "publish", publish, raising=False)
     exec(code, vars(module), scope)
     owner = getattr(module, function.__qualname__.split(".")[0]) if "." in function.__qualname__ else module
     monkeypatch.setattr(owner, function.__name__, scope[function.__name__])
 
     @settings(max_examples=2000, phases=[Phase.generate], derandomize=True, database=None, deadline=None,
               suppress_health_check=list(HealthCheck))
-    @given(workloads())
+    @given(draw())
     def find(workload):
         play(*workload)
 

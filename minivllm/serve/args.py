@@ -21,6 +21,7 @@ from minivllm.exceptions import UnsupportedError, ValidationError
 from minivllm.serve.connection import ConnectionOptions, add_connection_flags, take_connection_options
 from minivllm.serve.limits import DEFAULT_BODY_BYTES
 from minivllm.serve.service import ServerOptions
+from minivllm.speculative_config import METHODS
 
 EMBEDDED_NAME = "minivllm-tiny"
 ENVIRONMENT = ("Environment: MINIVLLM_API_KEY, see --api-key; MINIVLLM_CACHE_ROOT, where compiled kernels are kept between starts "
@@ -158,6 +159,11 @@ def _add_engine_flags(group: Any) -> None:
     group.add_argument("--attention-backend", choices=ATTENTION_BACKENDS)
     group.add_argument("--enforce-eager", action="store_true", default=None,
                        help="no compiling and no CUDA graphs: a quick start, slow steps")
+    group.add_argument("--speculative-config", type=_json_or_text, metavar="JSON",
+                       help="guess ahead, for example {\"method\": \"ngram\", \"num_speculative_tokens\": 4}")
+    group.add_argument("--spec-method", choices=METHODS, help="short for its method (default: draft_model)")
+    group.add_argument("--spec-model", metavar="MODEL", help="short for its model, the draft (default: the toy model's own)")
+    group.add_argument("--spec-tokens", type=int, metavar="N", help="short for its num_speculative_tokens")
     group.add_argument("--seed", type=int, help="of the engine, for requests without one (default: 0)")
     group.add_argument("--trace", metavar="FILE", help="record every step as JSON lines")
 

@@ -29,6 +29,7 @@ from prometheus_client.registry import Collector
 
 from minivllm.request import FINISH_REASONS, Request
 from minivllm.scheduler_output import SchedulerStats
+from minivllm.serve.spec_metrics import SpecDecodeLog, spec_decode_metrics
 
 logger = logging.getLogger("minivllm")
 LOG_SECONDS = 10.0
@@ -113,6 +114,7 @@ class EngineMetrics(Collector):
         self.last_tokens: dict[str, float] = {}  # when each unfinished request got its newest token
         self.clock = clock
         self.logged_at, self.logged = clock(), (0, 0, 0)
+        self.spec_decode_log = SpecDecodeLog()
         self.registry = CollectorRegistry()  # not the library's global one: two servers may share a process
         self.registry.register(self)
         engine.observer = self.observe
@@ -179,6 +181,8 @@ class EngineMetrics(Collector):
             counter = CounterMetricFamily(f"{self.prefix}:{name}", what, labels=LABELS)
             counter.add_metric(self.labels, count(self.engine.stats))
             yield counter
+        if self.engine.config.speculative_config is not None:
+            yield from spec_decode_metrics(self.engine.stats, self.prefix, LABELS, self.labels)
         yield self._by("finished_reason", CounterMetricFamily, "request_success", "Requests that ended, in whatever way.",
                        self.num_ended)
         yield self._by("reason", CounterMetricFamily, "admission_rejections", "Requests refused because a limit was reached.",
@@ -248,6 +252,8 @@ class EngineMetrics(Collector):
             "Engine 000: Avg prompt throughput: %.1f tokens/s, Avg generation throughput: %.1f tokens/s, Running: %d reqs, "
             "Waiting: %d reqs, %sGPU KV cache usage: %.1f%%, Prefix cache hit rate: %.1f%%", num_prompt / seconds,
             num_generated / seconds, num_running, num_waiting, preempted, 100 * self.engine.kv_cache_manager.usage, 100 * hit_rate)
+        if (line := self.spec_decode_log.line(stats, seconds)) is not None:
+            logger.info("%s", line)
 
 
 def seconds_of(request: Request) -> dict[str, float]:

@@ -54,6 +54,11 @@ export class EngineState {
     this.applyCache(record);
     for (const [name, tokens] of Object.entries(record.scheduled)) this.requests.get(name).num_computed_tokens += tokens;
     for (const [name, tokens] of Object.entries(record.sampled)) this.requests.get(name).num_tokens += numTokens(tokens);
+    for (const [name, [numComputed, numBlocks]] of Object.entries(record.rewound ?? {})) { // drafts that were wrong
+      const request = this.requests.get(name);
+      request.num_computed_tokens = numComputed;
+      request.blocks.length = numBlocks;
+    }
     for (const name of Object.keys(record.finished)) this.requests.delete(name);
     this.step = record.step;
     this.waiting = record.waiting;
