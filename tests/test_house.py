@@ -18,7 +18,7 @@ TORCH_FREE = ["block_pool", "kv_cache", "request", "sampling_params", "scheduler
               "steps_in_flight", "config", "exceptions", "speculative", "speculative_config", "learn"]
 MAX_MODULE_LINES, MAX_FUNCTION_LINES = 300, 30
 COURSE = ("learn", "learn_check", "learn_files", "exercises", "blanks", "viz", "trace", "compare", "cost", "generate",
-          "dense_cache", "slot_batching")
+          "dense_cache", "slot_batching", "coursework")
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 SPECULATION = ("speculative", "speculative_config", "draft_model", "rejection_sampling")
 FAST_RUNGS = ("flex_attention", "compiled_model", "cuda_graphs", "prompt_graphs", "profile_run", "compile_cache",
