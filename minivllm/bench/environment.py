@@ -6,13 +6,12 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
-import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from minivllm.bench.flags import own_command
 from minivllm.version import __version__
 
 PACKAGES = ("torch", "transformers", "vllm")
@@ -28,9 +27,7 @@ def describe_environment(device: torch.device, dtype: torch.dtype | None = None)
     if dtype is not None:
         found["dtype"] = str(dtype).removeprefix("torch.")
     threading = {name: value for name, value in os.environ.items() if name.startswith(THREADING)}
-    # Folders are this machine's own affair, and a result is there to be shown.
-    arguments = [Path(argument).name if argument.startswith("/") else argument for argument in sys.argv[1:]]
-    return found | {"threading": threading, "command": shlex.join(["python", "-m", "minivllm.bench", *arguments])}
+    return found | {"threading": threading, "command": own_command()}
 
 
 def device_name(device: torch.device) -> str:

@@ -9,7 +9,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import shlex
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from minivllm.config import ATTENTION_BACKENDS, DTYPES, LOAD_FORMATS, EngineConfig
@@ -90,3 +93,9 @@ def require(holds: bool, parameter: str, wanted: str, value: object) -> None:
 def require_at_least(args: argparse.Namespace, low: int, *names: str) -> None:
     for name in names:
         require(getattr(args, name) >= low, name, f"{low} or more", getattr(args, name))
+
+
+def own_command() -> str:
+    """How to do it again. Folders are this machine's own affair, and a result is there to be shown: only their last names stay."""
+    arguments = [Path(argument).name if argument.startswith("/") else argument for argument in sys.argv[1:]]
+    return shlex.join(["python", "-m", "minivllm.bench", *arguments])

@@ -28,7 +28,7 @@ import aiohttp
 from minivllm.bench import client as wire
 from minivllm.bench import serve_flags
 from minivllm.bench.arrivals import arrival_times, send_all
-from minivllm.bench.flags import BenchError
+from minivllm.bench.flags import BenchError, own_command
 from minivllm.bench.prompts import allowed_ids, as_prompts, load_tokenizer
 from minivllm.bench.serve_metrics import ServeOptions, calculate, detailed, result_lines
 from minivllm.bench.stream import RequestRecord
@@ -131,4 +131,4 @@ def client_environment() -> dict[str, Any]:
     """The client's side only: the server may run anywhere, on anything."""
     found: dict[str, Any] = {"minivllm": __version__, "python": platform.python_version(), "platform": platform.platform()}
     found |= {name: importlib.metadata.version(name) for name in ("aiohttp", "transformers") if importlib.util.find_spec(name)}
-    return found | {"command": " ".join(sys.argv)}
+    return found | {"command": own_command()}
