@@ -30,7 +30,7 @@ class BlockHash(NamedTuple):
 
     digest: bytes
     parent_digest: bytes
-    token_ids: tuple[int, ...]
+    token_ids: bytes  # 8 of them each
     extra_keys: tuple[str, ...]
 
     def __hash__(self) -> int:
@@ -47,9 +47,9 @@ def hash_block_tokens(parent: BlockHash | None, token_ids: Sequence[int], extra_
     whatever else changes the KV or must keep it apart: a cache salt today, the name of a LoRA adapter later.
     """
     parent_digest = parent.digest if parent else NO_PARENT
-    content = (tuple(token_ids), extra_keys)
-    digest = hashlib.sha256(parent_digest + array("q", token_ids).tobytes() + repr(extra_keys).encode()).digest()
-    return BlockHash(digest, parent_digest, *content)
+    content = array("q", token_ids).tobytes()
+    digest = hashlib.sha256(parent_digest + content + repr(extra_keys).encode()).digest()
+    return BlockHash(digest, parent_digest, content, extra_keys)
 
 
 def extra_keys_of(request: Request, block_index: int) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import enum
 import math
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -84,7 +85,8 @@ class Request:
         self.cache_salt = cache_salt
         self.status = RequestStatus.WAITING
         self.stop_reason: int | str | None = None
-        self.all_token_ids: list[int] = list(prompt_token_ids)
+        # 8 bytes each, in one piece: hashing, copying and uploading a long prompt need not touch its numbers one by one
+        self.all_token_ids = array("q", prompt_token_ids)
         self.num_computed_tokens = 0
         self.num_output_placeholders = 0  # tokens that steps in flight will sample for it: counted, and not known yet
         self.spec_token_ids: list[int] = []  # guesses at its next tokens, while the step that verifies them is planned (lesson 12)
@@ -113,7 +115,7 @@ class Request:
     @property
     def output_token_ids(self) -> list[int]:
         """A copy of the sampled tokens."""
-        return self.all_token_ids[len(self.prompt_token_ids):]
+        return self.all_token_ids[len(self.prompt_token_ids):].tolist()
 
     @property
     def is_finished(self) -> bool:

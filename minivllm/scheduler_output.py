@@ -12,6 +12,7 @@ After a failed step the same ids come again, so dropping a row that is not there
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -24,7 +25,7 @@ class NewRequestData:
     """Everything the runner needs to start a row, for a first admission and for a return after preemption alike."""
 
     request_id: str
-    token_ids: list[int]  # all that is known: the prompt, and what was sampled before a preemption
+    token_ids: Sequence[int]  # all that is known: the prompt, and what was sampled before a preemption
     num_prompt_tokens: int
     sampling_params: SamplingParams
     seed: int
@@ -34,7 +35,7 @@ class NewRequestData:
 
     @classmethod
     def from_request(cls, request: Request, block_ids: list[int]) -> NewRequestData:
-        return cls(request.request_id, list(request.all_token_ids), request.num_prompt_tokens, request.sampling_params,
+        return cls(request.request_id, request.all_token_ids[:], request.num_prompt_tokens, request.sampling_params,
                    request.seed, block_ids, request.num_computed_tokens, request.eos_token_ids)
 
 
@@ -67,7 +68,7 @@ class Rewind(NamedTuple):
     """
 
     num_computed_tokens: int
-    token_ids: list[int]
+    token_ids: Sequence[int]
 
 
 @dataclass(eq=False)  # a step is itself: two steps often say the same

@@ -122,7 +122,7 @@ class TraceRecorder:
         for request_id, request in self.resident.items():
             num_recorded = self.num_recorded[request_id]
             if token_ids := request.all_token_ids[num_recorded:]:
-                sampled[request_id] = token_ids
+                sampled[request_id] = token_ids.tolist()
                 self.num_recorded[request_id] = request.num_tokens
                 if num_recorded == request.num_prompt_tokens and request.times.first_token is not None:
                     first_tokens[request_id] = round(request.times.first_token - request.times.arrival, 6)

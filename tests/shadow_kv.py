@@ -13,6 +13,7 @@ The runner here sees only `SchedulerOutput`, as the real one does, so the differ
 
 from __future__ import annotations
 
+from array import array
 from collections import deque
 from dataclasses import dataclass, field, replace
 
@@ -174,7 +175,7 @@ class ShadowRunner:
                 del row.table[-(-end // self.world.block_size):]
         for new in output.new_requests:
             assert new.request_id not in self.rows, f"request {new.request_id} is new and the runner has a row of it"
-            self.rows[new.request_id] = Row(new.token_ids, new.block_ids, new.num_computed_tokens, self.salts[new.request_id])
+            self.rows[new.request_id] = Row(list(new.token_ids), new.block_ids, new.num_computed_tokens, self.salts[new.request_id])
             self.wipe(new.block_ids[new.num_computed_tokens // self.world.block_size:])
         for request_id, block_ids in output.new_block_ids.items():
             self.rows[request_id].table += block_ids
@@ -437,7 +438,8 @@ class ShadowEngine:
         size, table = self.world.block_size, self.manager.get_block_ids(request.request_id)
         for index in range(self.manager.num_cached_blocks[request.request_id] if self.world.caching else 0):
             name, said = self.manager.pool.block_hashes[table[index]], request.all_token_ids[index * size:(index + 1) * size]
-            assert list(name.token_ids) == said, f"{request!r} has published {name.token_ids} and said {said}"
+            published = array("q", name.token_ids)
+            assert published == said, f"{request!r} has published {published.tolist()} and said {said.tolist()}"
 
     def run_to_the_end(self) -> None:
         """Whoever is oldest moves in every step, so the work of all, once more for each failure, bounds the steps."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from array import array
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -39,7 +41,8 @@ def test_a_name_covers_everything_from_the_first_token():
     first, other = hash_block_tokens(None, [1, 2]), hash_block_tokens(None, [2, 1])
     assert first == hash_block_tokens(None, [1, 2]), "the block [1, 2] is named twice, and the names differ"
     assert first.digest != other.digest, "[1, 2] and [2, 1] have one digest"
-    names = {str(parent and parent.token_ids): hash_block_tokens(parent, [7, 7]).digest for parent in (None, first, other)}
+    parents = {"nothing": None, "[1, 2]": first, "[2, 1]": other}
+    names = {text: hash_block_tokens(parent, [7, 7]).digest for text, parent in parents.items()}
     assert len(set(names.values())) == 3, f"[7, 7] behind {', '.join(names)} has {len(set(names.values()))} digests, not 3"
 
 
@@ -269,7 +272,7 @@ def test_every_block_is_hashed_once_in_a_requests_life(monkeypatch):
         manager.get_computed_blocks(request)
         admit(manager, request)
         leave(manager, request)
-    assert calls == [[0, 1], [2, 3]], f"two full blocks were hashed {len(calls)} times"
+    assert [list(one) for one in calls] == [[0, 1], [2, 3]], f"two full blocks were hashed {len(calls)} times"
 
 
 def test_a_request_for_prompt_logprobs_publishes_and_does_not_read():

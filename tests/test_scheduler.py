@@ -513,7 +513,7 @@ def test_the_output_carries_differences_only():
     scheduler = make_scheduler(block_size=2, budget=8)
     request = add(scheduler, "a", 3, max_tokens=4)
     new = scheduler.schedule().new_requests
-    assert [(n.request_id, n.token_ids, n.block_ids, n.num_computed_tokens) for n in new] == [
+    assert [(n.request_id, list(n.token_ids), n.block_ids, n.num_computed_tokens) for n in new] == [
         ("a", request.prompt_token_ids, [1, 2], 0)]
     scheduler = make_scheduler(block_size=2, budget=8)
     add(scheduler, "a", 3, max_tokens=4)

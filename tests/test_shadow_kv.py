@@ -146,7 +146,7 @@ PLANTED_IN_SPECULATION = [
 
 def publish(scheduler, request, end):
     """The bug that rejected drafts are published: names are made of the drafts as well."""
-    request.all_token_ids += request.spec_token_ids
+    request.all_token_ids.extend(request.spec_token_ids)
     scheduler.next_output.cached_block_ids += scheduler.kv_cache_manager.cache_blocks(request, min(end, request.num_tokens))
     del request.all_token_ids[request.num_tokens - len(request.spec_token_ids):]
     return min(end, request.num_tokens)

@@ -129,7 +129,7 @@ WRONG: dict[str, tuple[tuple[str, str], ...]] = {
         ("return num_missing_tokens if num_missing_tokens <= budget else 0", "return min(num_missing_tokens, budget)"),
     ),
     "11a-block-hash": (
-        ("hashlib.sha256(parent_digest + array", "hashlib.sha256(array"),  # T8
+        ("hashlib.sha256(parent_digest + content", "hashlib.sha256(content"),  # T8
         (" + repr(extra_keys).encode()", ""),
         ('array("q", token_ids).tobytes()', '"".join(map(str, token_ids)).encode()'),
     ),
