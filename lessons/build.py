@@ -5,7 +5,8 @@
     python lessons/build.py --check         run every lesson, compare with what is committed, byte by byte
 
 A lesson is plain Python in which `# %% [markdown]` begins prose and `# %%` code (py:percent, as VS Code, Spyder and jupytext
-read it). A run is repeatable: one thread, no network, no clock, cell ids that count, nothing about the machine.
+read it). A run is repeatable: one thread, no network, no clock, cell ids that count, nothing about the machine. A notebook's
+first code cell has two lines that the source has not: whoever saves a file in `mine/` has the new code in the next cell that runs.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ PAGE = """{% extends 'markdown/index.md.j2' %}
 {% block data_svg %}![picture]({{ output.metadata.filenames['image/svg+xml'] }})
 {% endblock data_svg %}
 """
+AUTORELOAD = "%load_ext autoreload\n%autoreload 2\n\n"
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 QUIET = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "",
          "MINIVLLM_LOGGING_LEVEL": "ERROR", "PYDEVD_DISABLE_FILE_VALIDATION": "1", "PYTHONWARNINGS": "ignore:IProgress not found"}
@@ -80,6 +82,9 @@ def to_notebook(source: str) -> nbformat.NotebookNode:
     """The notebook without outputs. Its cells have numbers as ids, so that building twice gives one file."""
     make = {"markdown": new_markdown_cell, "code": new_code_cell}
     cells = [make[kind](text, id=f"cell-{number}") for number, (kind, text) in enumerate(parse(source))]
+    first = next((cell for cell in cells if cell.cell_type == "code"), None)
+    if first is not None:
+        first.source = AUTORELOAD + first.source
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
     return new_notebook(cells=cells, metadata={
         "kernelspec": kernel, "language_info": {"name": "python"}, "minivllm": {"source_sha256": source_hash(source)}})
@@ -115,9 +120,9 @@ def render(path: Path) -> dict[Path, str]:
 
 
 def for_the_site(body: str, stem: str) -> str:
-    """The exporter's Markdown with single blank lines, and where it came from."""
+    """The exporter's Markdown with single blank lines and without what only a notebook needs, and where it came from."""
     origin = f"*This page is `lessons/{stem}.py`, run. `lessons/{stem}.ipynb` is the same as a notebook.*\n"
-    return re.sub(r"\n{3,}", "\n\n", body).strip("\n") + "\n\n" + origin
+    return re.sub(r"\n{3,}", "\n\n", body.replace(AUTORELOAD, "")).strip("\n") + "\n\n" + origin
 
 
 def pages_of(path: Path) -> set[Path]:

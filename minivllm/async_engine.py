@@ -7,7 +7,10 @@ Owns the thread and the streams. No other thread ever touches the engine, so the
     stream      <-- one call_soon_threadsafe per step --  outputs
 
 Between two steps is the one place where stepping can be paused and single-stepped, so that a learner can watch the
-scheduler decide. vLLM has the same shape across processes (vllm/v1/engine/async_llm.py, core_client.py).
+scheduler decide. vLLM has the same shape across processes (vllm/v1/engine/async_llm.py, core_client.py): JSON and text do
+not share an interpreter with the engine there, and every token crosses a socket. Here a command is answered within one step.
+
+A stream stands in `_streams` until it was handed its last output or an error, or its reader has left.
 """
 
 from __future__ import annotations
@@ -43,9 +46,9 @@ class RequestStream:
         self.request_id = request_id
         self._abort = abort
         self._arrived = asyncio.Event()
-        self._latest: RequestOutput | None = None
-        self._error: BaseException | None = None
-        self._is_over = False
+        self._latest: RequestOutput | None = None  # one output at most: a slow reader costs no memory
+        self._error: BaseException | None = None  # read after `_latest`: tokens that were made are not lost
+        self._is_over = False  # the reader has had the last output, or has left: nothing is aborted any more
 
     def put(self, item: RequestOutput | BaseException) -> None:
         """Hand over an output or the error that ends the stream (on the event loop)."""
@@ -63,7 +66,7 @@ class RequestStream:
             raise StopAsyncIteration
         try:
             await self._arrived.wait()
-        except asyncio.CancelledError:
+        except asyncio.CancelledError:  # the task that reads was cancelled: its client has gone
             self.close()
             raise
         self._arrived.clear()
@@ -72,7 +75,7 @@ class RequestStream:
             self._is_over = True
             assert self._error is not None, "a stream wakes for an output or an error"
             raise self._error
-        if self._error is not None:
+        if self._error is not None:  # came while the output lay here: wake up again for it
             self._arrived.set()
         self._is_over = output.finished
         return output
@@ -92,11 +95,11 @@ class AsyncEngine:
         self.dead_error: BaseException | None = None
         self._commands: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = queue.SimpleQueue()
         self._streams: dict[str, RequestStream] = {}  # event loop only
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._has_ended = False
+        self._loop: asyncio.AbstractEventLoop | None = None  # that of the first caller; outputs are handed over there
+        self._has_ended = False  # written by the engine thread, read by all: once True it stays
         self._is_closing = False  # these three: engine thread only
         self._is_paused = False
-        self._single_steps: deque[Future[None]] = deque()
+        self._single_steps: deque[Future[None]] = deque()  # asked for while paused, each fulfilled by one step
         # One worker: a tokenizer must not be used by two threads at once.
         self._tokenizing = ThreadPoolExecutor(1, "minivllm-tokenizer")
         self._thread = threading.Thread(target=self._run, name="minivllm-engine", daemon=True)
@@ -126,6 +129,7 @@ class AsyncEngine:
         processed = await self._process(prompt, params, request_id, cache_salt)
         if request_id in self._streams:
             raise ValidationError(f"request id {request_id!r} is in use", parameter="request_id", value=request_id)
+        # The stream is there before the request is: the first step may end before `call` returns.
         stream = self._streams[request_id] = RequestStream(request_id, self._abandon)
         try:
             await self.call(functools.partial(self._enter, processed, before))
@@ -137,7 +141,7 @@ class AsyncEngine:
     async def _process(self, prompt: Any, params: SamplingParams, request_id: str, cache_salt: str | None) -> ProcessedInput:
         work = functools.partial(self.engine.input_processor.process, request_id, prompt, params, cache_salt=cache_salt,
                                  arrival_time=self.engine.clock())
-        if isinstance(prompt, str):
+        if isinstance(prompt, str):  # off the event loop: a long text takes milliseconds; ids are checked at once
             return await asyncio.get_running_loop().run_in_executor(self._tokenizing, work)
         return work()
 
@@ -174,12 +178,12 @@ class AsyncEngine:
     def _abandon(self, request_id: str) -> None:
         """The reader has left: forget its stream, and abort without waiting."""
         self._streams.pop(request_id, None)
-        if not self._has_ended:
+        if not self._has_ended:  # else nothing is left to abort
             self._submit(lambda engine: engine.abort_request([request_id]))
 
     def _deliver(self, outputs: list[RequestOutput]) -> None:
         for output in outputs:
-            stream = self._streams.get(output.request_id)
+            stream = self._streams.get(output.request_id)  # None: the reader left while the output was on its way
             if stream is not None:
                 stream.put(output)
                 if output.finished:
@@ -210,7 +214,7 @@ class AsyncEngine:
     def _run(self) -> None:
         try:
             while not self._is_closing:
-                self._run_commands(wait=not self._may_step())
+                self._run_commands(wait=not self._may_step())  # an idle engine sleeps here
                 if self._may_step():
                     self._step()
                 elif self._single_steps:
@@ -227,7 +231,7 @@ class AsyncEngine:
         engine.add_processed(processed)
 
     def _may_step(self) -> bool:
-        held = self._is_paused and not self._single_steps
+        held = self._is_paused and not self._single_steps  # a single step that was asked for is made in spite of the pause
         return self.engine.has_unfinished_requests() and not held and not self._is_closing
 
     def _take_commands(self, *, wait: bool) -> Iterator[tuple[Callable[[], Any], Future[Any]]]:
@@ -235,8 +239,8 @@ class AsyncEngine:
         with contextlib.suppress(queue.Empty):
             while True:
                 function, future = self._commands.get(block=wait)
-                wait = False
-                if future.set_running_or_notify_cancel():
+                wait = False  # sleep for the first one only
+                if future.set_running_or_notify_cancel():  # False: the caller was cancelled and waits no more
                     yield function, future
 
     def _run_commands(self, *, wait: bool) -> None:
@@ -257,7 +261,7 @@ class AsyncEngine:
         try:
             outputs = self.engine.step(ahead=not self._is_paused)
         except Exception as error:
-            outputs = self.engine.recover(error)
+            outputs = self.engine.recover(error)  # raises where nobody can be blamed: then the thread ends
             logger.exception("a step has failed: %d requests end with an error, the others go on", len(outputs))
         self._hand_over(outputs)
 
@@ -269,7 +273,7 @@ class AsyncEngine:
     def _hand_over(self, outputs: list[RequestOutput]) -> None:
         """One wake-up of the event loop, however many requests moved."""
         if outputs:
-            self._on_loop(self._deliver, outputs)
+            self._on_loop(self._deliver, outputs)  # never waits: the next step begins at once
 
     def _on_loop(self, function: Callable[..., None], *args: Any) -> None:
         if self._loop is not None:
@@ -281,7 +285,8 @@ class AsyncEngine:
         self._hand_over(engine.abort_request(list(engine.output_processor.states)))
 
     def _end(self) -> None:
-        self._has_ended = True
+        """Let nobody wait for ever: every stream, command and single step that is still open gets an error."""
+        self._has_ended = True  # first, so that a command that comes now is refused by whoever brings it
         reason = f"by a failure: {self.dead_error!r}" if self.errored else "by shutdown()"
         self._on_loop(self._fail_streams, EngineDeadError(f"the engine has ended {reason}"))
         self._refuse_commands()

@@ -3,6 +3,10 @@
 Owns the checks of messages and the errors that say what is missing; both `LLM.chat` and the server call it.
 
     [{"role": "user", "content": "Hi"}]  ->  "<|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\n"  ->  token ids
+
+A template is a program that came with the checkpoint. It runs in a sandbox, sees nothing but these messages, and may refuse
+them (roles that do not alternate, say): its words are then the user's error and not the engine's failure. vLLM renders in
+`renderers/`, where images and audio are taken out of the parts first.
 """
 
 from __future__ import annotations
@@ -36,7 +40,7 @@ def chat_text(tokenizer: Any | None, messages: Sequence[Any], *, chat_template: 
     if add_generation_prompt and continue_final_message:
         raise ValidationError("continue_final_message=True continues the last message, so add_generation_prompt must be False",
                               parameter="add_generation_prompt")
-    checked = check_messages(messages)
+    checked = check_messages(messages)  # ours first: a template's own complaint is often a Python error
     try:
         return str(tokenizer.apply_chat_template(
             checked, chat_template=chat_template, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt,

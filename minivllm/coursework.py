@@ -1,10 +1,11 @@
 """The course's one workload, and the runs that lessons count: the same 64 requests from the first lesson to the last.
 
-Owns what a lesson would otherwise repeat: the requests, a model for counting, and three ways to watch a run. Computes nothing
+Owns what a lesson would otherwise repeat: the requests, a model for counting, and the ways to watch a run. Computes nothing
 that the package computes elsewhere. Counters of these runs do not depend on the weights: every answer has its full length.
 
     workload = course_workload()                   64 prompts and the number of tokens that each one asks for
     run = run_engine(workload, num_blocks=257)     the real engine, with a trace: run.stats, run.states, run.token_ids
+    run = run_engine(taught_workload(), ...)       the same for questions that the embedded model knows; guesses(run): its drafts
     passes = watch(model)                          the positions of every pass of a naive loop
     seats = seat_rows(workload, num_rows=8)        who sits in which dense row, step by step
 """
@@ -29,11 +30,14 @@ from minivllm.model import NoCache, Qwen2ForCausalLM
 from minivllm.sampling_params import SamplingParams
 from minivllm.scheduler_output import SchedulerStats
 from minivllm.slot_batching import SlotRequest, SlotScheduler
+from minivllm.tiny import draft_path
 from minivllm.trace import Record, TraceState, replay
 from minivllm.weights import load_dummy_model, load_model, resolve_model
 
 NUM_REQUESTS, MEAN_PROMPT, MEAN_OUTPUT, MAX_OUTPUT, SPREAD = 64, 72, 60, 256, 0.8
 Bar = tuple[int, int, int | None, str]  # of `viz.timeline`: start, end, color, label
+TAUGHT = ("What is a block?", "What is a KV cache?", "How does speculative decoding work?", "What is the scheduler?",
+          "tell me a story about a fox", "tell me a story about a robot", "What is 17 + 25?", "What is the capital of France?")
 FIRST_ID, LAST_ID = 256, 4000  # ordinary tokens of the embedded vocabulary: no bytes, no special ones
 
 
@@ -53,9 +57,23 @@ def course_workload(num_requests: int = NUM_REQUESTS, seed: int = 0, part: slice
     return Workload(f"course: {num_requests} requests, seed {seed}", requests[part], temperature=0.0)
 
 
+def taught_workload(temperature: float = 0.0, max_tokens: int = 60) -> Workload:
+    """Eight questions of which the embedded model has learned the answers, in its chat form: answers end where it ends them."""
+    tokenizer = embedded_tokenizer()
+    prompts = [tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True, return_dict=False)
+               for text in TAUGHT]
+    requests = [BenchRequest(list(prompt), max_tokens) for prompt in prompts]
+    return Workload(f"course: {len(TAUGHT)} questions", requests, temperature)
+
+
 def embedded_model() -> Qwen2ForCausalLM:
     """The checkpoint inside the package, in float32: 5.6 million numbers that learned to talk about this engine."""
     return load_model(resolve_model(), "float32")
+
+
+def embedded_draft() -> Qwen2ForCausalLM:
+    """The smaller checkpoint beside it, with the same vocabulary: it guesses, and the other one checks."""
+    return load_model(draft_path(), "float32")
 
 
 def embedded_tokenizer() -> Any:
@@ -85,11 +103,11 @@ def watch(model: Qwen2ForCausalLM) -> Iterator[list[list[int]]]:
 
 
 @torch.inference_mode()
-def next_token_logits(model: Qwen2ForCausalLM, token_ids: list[int]) -> torch.Tensor:
-    """The logits (1, V) of the token after these."""
+def next_token_logits(model: Qwen2ForCausalLM, token_ids: list[int], num_last: int = 1) -> torch.Tensor:
+    """The logits (num_last, V) behind each of the last so many of these tokens: of the token after all of them, by default."""
     ids = torch.tensor(token_ids)
     hidden = model(ids, torch.arange(len(ids)), [NoCache() for _ in model.model.layers], SimpleNamespace(slot_mapping=None))
-    return model.compute_logits(hidden[-1:])
+    return model.compute_logits(hidden[-num_last:])
 
 
 @torch.inference_mode()
@@ -173,9 +191,27 @@ class Run:
         return steps
 
 
-def run_engine(workload: Workload, **engine_args: Any) -> Run:
-    """Answer the whole workload with `LLM(**engine_args)` and record every step. An end-of-sequence token ends nothing."""
-    return _record([(0, request) for request in workload.requests], workload.temperature, engine_args)
+def run_engine(workload: Workload, ignore_eos: bool = True, **engine_args: Any) -> Run:
+    """Answer the whole workload with `LLM(**engine_args)` and record every step. An end-of-sequence token ends nothing, unless
+    `ignore_eos` is False. Request i has the seed i.
+    """
+    return _record([(0, request) for request in workload.requests], workload.temperature, engine_args, ignore_eos)
+
+
+def guesses(run: Run) -> list[tuple[str, list[tuple[int, int, int]]]]:
+    """For each request, what each step of the run brought it: drafts that were accepted, tokens of the model's own, and drafts
+    that were computed for nothing. Three zeros where it has no part in the step.
+    """
+    rows, steps = [], [record for record in run.records if record["type"] == "step"]
+    for name in map(str, range(len(run.token_ids))):
+        row = []
+        for record in steps:
+            drafts, said = record["drafts"].get(name, []), record["sampled"].get(name, [])
+            pairs = enumerate(zip(drafts, said))
+            accepted = next((index for index, (draft, token_id) in pairs if draft != token_id), min(len(drafts), len(said)))
+            row.append((accepted, len(said) - accepted, len(drafts) - accepted))
+        rows.append((name, row))
+    return rows
 
 
 def answers_then_prompt(num_streams: int, prompt_len: int, after: int, **engine_args: Any) -> Run:
@@ -187,7 +223,8 @@ def answers_then_prompt(num_streams: int, prompt_len: int, after: int, **engine_
     return _record(arrivals, 0.0, {"block_size": 16, "num_blocks": 257, "enable_prefix_caching": False} | engine_args)
 
 
-def _record(arrivals: list[tuple[int, BenchRequest]], temperature: float, engine_args: dict[str, Any]) -> Run:
+def _record(arrivals: list[tuple[int, BenchRequest]], temperature: float, engine_args: dict[str, Any],
+            ignore_eos: bool = True) -> Run:
     """Add each request after the step that it names, run to the end, and keep all that the trace tells."""
     records: list[Record] = []
     answers: dict[str, list[int]] = {str(number): [] for number in range(len(arrivals))}
@@ -197,7 +234,7 @@ def _record(arrivals: list[tuple[int, BenchRequest]], temperature: float, engine
         while queue or llm.engine.has_unfinished_requests():
             while queue and queue[0][1][0] <= num_steps:
                 number, (_, request) = queue.pop(0)
-                params = SamplingParams(temperature=temperature, max_tokens=request.max_tokens, ignore_eos=True, seed=number)
+                params = SamplingParams(temperature=temperature, max_tokens=request.max_tokens, ignore_eos=ignore_eos, seed=number)
                 llm.engine.add_request(str(number), request.prompt_token_ids, params)
             for output in llm.engine.step():
                 answers[output.request_id] = list(output.outputs[0].token_ids)

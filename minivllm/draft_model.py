@@ -9,6 +9,13 @@ more often: first it catches up with the tokens that it does not know yet, then 
 The draft draws with the request's own parameters and noise: where both models see the same probabilities, they say the same
 token, at any temperature. Its KV of a shared block is as good as the target's, so prefix hits count for it too. And whatever
 goes wrong in here, answers stay right: the target verifies every token. vLLM: v1/spec_decode/draft_model.py.
+
+What has to hold is about its own KV only, and a mistake shows as fewer accepted guesses and not as a wrong answer:
+
+    resident.count_computed() <= request.num_tokens - 1    the newest known token is computed in any case: it gives the first guess
+    filled[block] == hash  =>  the draft's KV in this block is that of the hash's tokens
+
+The two runners never meet. The tables are the scheduler's, and each runner has tensors of its own under the same block ids.
 """
 
 from __future__ import annotations
@@ -36,7 +43,11 @@ from minivllm.weights import load_dummy_model, load_model, resolve_model
 
 @dataclass
 class Resident:
-    """A request that has a row in the draft's runner."""
+    """A request that has a row in the draft's runner.
+
+    It may know less than the target, which runs while the draft waits: prompts are computed when the first guess is asked for,
+    and steps without room for guesses leave it behind.
+    """
 
     request: Request
     num_preemptions: int  # which of its residencies
@@ -69,22 +80,24 @@ class DraftModelProposer:
         self.num_tokens = num_tokens
         self.budget = budget
         self.block_size = runner.block_size
-        self.residents: dict[str, Resident] = {}
-        self.leaving: list[str] = []
+        self.residents: dict[str, Resident] = {}  # request id -> its row here
+        self.leaving: list[str] = []  # rows that the runner must drop before its next step, after one that failed
         self.filled: dict[int, BlockHash] = {}  # blocks that hold the draft's KV of this content
 
     def warm_up(self) -> float:
+        """The runner's own: its kernels and graphs are others than the target's."""
         return self.runner.warm_up()
 
     def propose(self, requests: Sequence[Request], room: DraftRoom) -> dict[str, list[int]]:
         """`num_tokens` drafts for each request, or as many as there is room for. If a step fails, the rows start anew."""
+        # Room first: slots for drafts are the scheduler's to give, and who gets none costs the draft no step.
         granted = [(request, number) for request in requests if (number := room.reserve(request, self.num_tokens))]
         if not granted:
             return {}
         try:
             drafts = self.run({request.request_id: number for request, number in granted},
                               self.update_rows([request for request, _ in granted], room))
-        except BaseException:
+        except BaseException:  # nobody knows which positions were written: forget all rows, and all that was good for others
             self.leaving += self.residents
             self.residents.clear()
             self.filled.clear()
@@ -105,6 +118,7 @@ class DraftModelProposer:
             if resident is None:
                 new_blocks = self.admit(request, table, output)
             else:
+                # Behind the last position that is still true: tokens that are known by now stand in for guesses that were wrong.
                 start = resident.num_computed = resident.count_computed()
                 output.rewound_requests[request.request_id] = Rewind(start, request.all_token_ids[start:])
                 if new_blocks := table[-(-start // self.block_size):]:
@@ -115,13 +129,15 @@ class DraftModelProposer:
 
     def admit(self, request: Request, table: list[int], output: SchedulerOutput) -> list[int]:
         """Give a request a row, behind the blocks of which the draft has KV already; returns its other blocks."""
-        num_hits, most = 0, (request.num_tokens - 1) // self.block_size
+        num_hits, most = 0, (request.num_tokens - 1) // self.block_size  # at least one token is computed, as ever
+        # The target's hits say nothing: it may have computed a block for a request for which nobody has ever guessed.
         for block_id, block_hash in zip(table[:most], request.block_hashes):
             if self.filled.get(block_id) != block_hash:
                 break
             num_hits += 1
         new = NewRequestData.from_request(request, table)
         new.num_computed_tokens = num_hits * self.block_size
+        # A guess is drawn as the answer is, by the same parameters. Only its logprobs are nobody's business.
         new.sampling_params = dataclasses.replace(new.sampling_params, logprobs=None, prompt_logprobs=None)
         output.new_requests.append(new)
         self.residents[request.request_id] = Resident(request, request.num_preemptions, num_hits, new.num_computed_tokens, [])
@@ -143,9 +159,9 @@ class DraftModelProposer:
                         num_left[request_id] -= 1
                         num_missing[request_id] = 1
             launched.append(self.runner.execute_model(output))
-            output = SchedulerOutput()
+            output = SchedulerOutput()  # rows change in the first step alone
         drafts: dict[str, list[int]] = {request_id: [] for request_id in num_wanted}
-        for step in launched:
+        for step in launched:  # all are launched by now: what a step samples is where the next one reads it
             for request_id, token_ids in step.result().sampled_token_ids.items():
                 drafts[request_id] += token_ids
         return drafts
@@ -153,6 +169,7 @@ class DraftModelProposer:
     def note_computed(self, request: Request, drafts: list[int], table: list[int]) -> None:
         """Remember how far the row is, and which full blocks of known tokens have become good for others."""
         resident = self.residents[request.request_id]
+        # Up to the known tokens only: what lies behind them in the table are guesses, and a guess has no name.
         known = request.block_hashes[: request.num_tokens // self.block_size]  # names may come a step later
         for index in range(resident.num_filled, len(known)):
             self.filled[table[index]] = known[index]
@@ -160,6 +177,7 @@ class DraftModelProposer:
         resident.num_computed, resident.drafts = request.num_tokens, list(drafts)
 
     def close(self) -> None:
+        """Give the draft's weights and KV back."""
         self.runner.close()
 
 
@@ -167,6 +185,7 @@ class DraftModelProposer:
 
 
 def parsed(config: EngineConfig) -> SpeculativeConfig | None:
+    """Parsed where it is needed: the engine's config keeps what the user wrote, so that it can be shown and compared."""
     return SpeculativeConfig.parse(config.speculative_config, target_is_embedded=config.model is None)
 
 
@@ -187,7 +206,7 @@ def load_draft(config: EngineConfig, target: Qwen2ForCausalLM, tokenizer: Any | 
     else:
         draft = load_model(folder, dtype, device)
     line = describe(asked, sum(weight.numel() for weight in draft.parameters()), num_parameters)  # before they are packed
-    pack_linears(draft, device, config.max_num_seqs)
+    pack_linears(draft, device, config.max_num_seqs)  # a step of the draft has as many rows as one of the target
     return draft, line
 
 
@@ -228,7 +247,8 @@ def make_proposer(config: EngineConfig, draft: Qwen2ForCausalLM | None, device: 
     if asked is None:
         return None
     if draft is None:
+        # No weights and no KV: a look into the request's own tokens, so its guesses are good where text repeats.
         return NgramProposer(asked.num_speculative_tokens, asked.prompt_lookup_max, asked.prompt_lookup_min)
-    assert config.max_num_batched_tokens, "a started engine has decided its sizes"
+    assert config.max_num_batched_tokens, "a started engine has decided its sizes"  # and the draft's steps keep to them, too
     return DraftModelProposer(ModelRunner(draft, config, device, tokenizer), asked.num_speculative_tokens,
                               config.max_num_batched_tokens)

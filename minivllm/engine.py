@@ -13,6 +13,14 @@ only the KV manager changes block tables, only the runner holds tensors. Not thr
     engine.add_request("r1", "Hello", SamplingParams(max_tokens=8))
     while engine.has_unfinished_requests():
         for output in engine.step(): ...
+
+Between two calls, whatever has failed:
+
+    steps in `launched` == steps in `scheduler.in_flight`, in the same order; at most one of them
+    children in `output_processor.parents` == requests in `scheduler.requests`
+
+vLLM has the same loop in v1/engine/core.py, in a process of its own: text and stop strings (v1/engine/output_processor.py) are
+then work for another core. Here they cost the one thread some microseconds a token, and one process is easier to follow.
 """
 
 from __future__ import annotations
@@ -39,11 +47,14 @@ from minivllm.trace import TraceRecorder
 
 
 class LLMEngine:
-    """A loaded model and everything that serves it. `stats` counts all work; `trace` records steps when asked for."""
+    """A loaded model and everything that serves it. `stats` counts all work; `trace` records steps when asked for.
+
+    `clock` gives seconds from any beginning, for the times of requests alone: no decision depends on it, so a run repeats.
+    """
 
     def __init__(self, config: EngineConfig, *, clock: Callable[[], float] = time.monotonic) -> None:
-        started = startup.start(config)
-        self.config = started.config
+        started = startup.start(config)  # may raise, with everything given back: then there is no engine
+        self.config = started.config  # every size decided; from here on nothing changes it
         self.model_config = started.model_config
         self.tokenizer = started.tokenizer
         self.eos_token_ids = started.defaults.eos_token_ids
@@ -52,6 +63,7 @@ class LLMEngine:
         self.report = started.report
         self.clock = clock
         self.runner: ModelRunner = started.runner
+        # Scheduler and KV manager come last: they hold no memory of the device, and start from sizes that exist by now.
         num_blocks, block_size, max_model_len = startup.resolved_sizes(self.config)
         self.kv_cache_manager = KVCacheManager(num_blocks, block_size, self.config.enable_prefix_caching, max_model_len)
         self.proposer = started.proposer
@@ -83,6 +95,7 @@ class LLMEngine:
         if request_id in self.output_processor.states:
             raise ValidationError(f"request id {request_id!r} is in use: ids of unfinished requests must differ",
                                   parameter="request_id", value=request_id)
+        # Whatever can be refused is refused before the first child is queued, so n children come in together or not at all.
         children = [self._make_child(processed, index) for index in range(processed.params.n)]
         for child in children:
             if child.request_id in self.output_processor.parents:
@@ -95,6 +108,11 @@ class LLMEngine:
         self.num_arrivals += 1
 
     def _make_child(self, processed: ProcessedInput, index: int) -> Request:
+        """One of the n answers to a user's request, as the scheduler sees it: a request of its own, with a seed of its own.
+
+        The children share their prompt's blocks by way of the prefix cache, not by any tie between them. As in vLLM the id of
+        child i is `i_` and the user's id.
+        """
         params = processed.params
         child_id = processed.request_id if params.n == 1 else f"{index}_{processed.request_id}"
         return Request(child_id, processed.prompt_token_ids, params, max_tokens=processed.max_tokens,
@@ -118,6 +136,7 @@ class LLMEngine:
         return self._end([self.scheduler.requests[name] for name in self.recovery.blame(error)], RequestStatus.FINISHED_ERROR)
 
     def _end(self, requests: list[Request], status: RequestStatus) -> list[RequestOutput]:
+        """End these requests now, with blocks and outputs; a step in flight may still compute a position for them, for nobody."""
         self.scheduler.finish_requests([request.request_id for request in requests], status)
         self._drop_unawaited_steps()
         self._observe(requests, 0)
@@ -139,7 +158,8 @@ class LLMEngine:
         if not self.launched:
             return []
         scheduler_output, model_output = self._wait()
-        requests = self.scheduler.update_from_output(scheduler_output, model_output)
+        requests = self.scheduler.update_from_output(scheduler_output, model_output)  # ends by token or length
+        # A stop string is a matter of text, which the scheduler never sees: so these requests end one call later, in the same step.
         stopped = self.output_processor.update(requests, model_output)
         self.scheduler.finish_requests(stopped, RequestStatus.FINISHED_STOPPED)
         if isinstance(self.scheduler, SpeculatingScheduler):
@@ -152,7 +172,7 @@ class LLMEngine:
     def _launch(self, planned: SchedulerOutput) -> None:
         """Hand a step to the device. If that raises, it alone is undone: the step in flight before it goes on."""
         try:
-            self.launched.append((planned, self.runner.execute_model(planned)))
+            self.launched.append((planned, self.runner.execute_model(planned)))  # on a GPU it returns before anything is computed
         except BaseException:
             self.recovery.roll_back(planned)
             raise

@@ -3,6 +3,12 @@
 Owns the spellings: names that minivllm shares with vLLM, aliases, and arguments of vLLM that minivllm lacks. Those are
 accepted at the value that changes nothing (`tensor_parallel_size=1`), so that a tutorial's script runs with only the
 import changed, and refused by name at any other.
+
+    LLM(model, gpu_memory_utilization=0.8, tensor_parallel_size=1)     runs
+    LLM(model, tensor_parallel_size=2)                                 UnsupportedError: ... leave it out, or pass 1
+    LLM(model, gpu_memory_utilisation=0.8)                             ValidationError: ... did you mean `gpu_memory_utilization`?
+
+vLLM: vllm/engine/arg_utils.py, some hundred arguments in a dozen groups.
 """
 
 from __future__ import annotations

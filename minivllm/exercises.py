@@ -14,8 +14,8 @@ from dataclasses import dataclass
 LESSONS = {
     0: "One token at a time", 1: "The model in one sitting", 2: "Remember keys and values", 3: "Two machines in one",
     4: "Choosing a token", 5: "Batching, the obvious way", 6: "Continuous batching", 7: "The block pool",
-    8: "Attention through a table", 9: "One scheduler", 10: "Chunked prefill", 11: "Prefix caching", 13: "Serve it",
-    14: "On a GPU",
+    8: "Attention through a table", 9: "One scheduler", 10: "Chunked prefill", 11: "Prefix caching", 12: "Guess ahead",
+    13: "Serve it", 14: "On a GPU",
 }
 
 
@@ -210,6 +210,26 @@ EXERCISES = (
          "A hit whose reference count is 0 lies in the free queue: taking it leaves one block less for the others.",
          "First decide, then change: None means that nothing has happened. Then touch the hits, before new blocks are taken.",
          "A new request gets a table (`block_tables`), headed by its hits, and `num_cached_blocks`: its hits have names already.")),
+    Exercise(
+        "12a-accepted-run", "speculative", ("accepted_run",),
+        of("test_speculative", "a_run_is_the_longest_matching_prefix_and_one_more", "one_row_too_few_is_our_mistake_and_says_so"),
+        ("There is one sample more than there are drafts: the last one stands behind a run that is right to its end.",
+         "Sample i counts if drafts 0 .. i-1 were right. So the first sample that differs from its draft counts too.",
+         "Find how many drafts are right from the left on; that many samples and one more are the run.",
+         "An assert comes first: a sentence for whoever brings another number of samples than drafts and one.")),
+    Exercise(
+        "12b-prompt-lookup", "speculative", ("look_up",),
+        of("test_speculative", "look_up_finds_the_first_place_of_the_longest_end", "a_draft_is_what_followed_the_last_time"),
+        ("Longest end first. An end has at most len - 1 tokens, or nothing could stand before it.",
+         "`array(\"q\", token_ids).tobytes()` has 8 bytes a token, and `find` searches bytes: a match may begin within a token.",
+         "The end of the text always finds itself. What tells that place from one that something follows?")),
+    Exercise(
+        "12c-rejection-sampling", "rejection_sampling", ("rejection_sample",),
+        of("test_speculative", "rejection_sampling_gives_the_targets_distribution_at_every_position",
+           "a_draft_of_the_target_itself_is_always_kept", "a_token_that_the_target_never_says_is_never_kept"),
+        ("Keep x with the probability min(1, p[x] / q[x]): a number u in 0 .. 1 is compared, and without a division.",
+         "A refused token is replaced by a draw from (p - q), where that is positive; `draw_from` takes weights of any sum.",
+         "The last row of `target_probs` has no draft. It is drawn from only if nobody was refused.")),
     Exercise(
         "13a-stop-strings", "detokenizer", ("find_stop", "num_held_back"),
         of("test_detokenizer", "of_two_that_end_together_the_longest_counts", "only_what_can_become_a_stop_string_is_held_back",

@@ -3,6 +3,10 @@
 Hidden defaults are a classic trap: Qwen2.5 ships temperature 0.7, top_p 0.8, top_k 20 and a repetition penalty, and a
 request that names none of them gets all of them. So they are read in one place and named in the start-up report.
 `generation_config="none"` (alias "vllm") turns the defaults off; EOS ids stay, they are facts about the model.
+
+    the request's own value  >  the checkpoint's default  >  SamplingParams' default      for HTTP, and `generate()` without params
+
+An explicit `SamplingParams` in Python stands as it is. That is vLLM's rule too.
 """
 
 from __future__ import annotations

@@ -112,7 +112,7 @@ class StepInputs:
 
 class InputBatch:
     """Who has which row. `num_computed` positions of a row have KV; `num_tokens` exist, though the newest may be known to the
-    device alone.
+    device alone. len(row_of) + len(free_rows) == max_num_seqs.
     """
 
     def __init__(self, max_num_seqs: int) -> None:
@@ -121,7 +121,7 @@ class InputBatch:
         self.num_computed = np.zeros(max_num_seqs, dtype=np.int64)
         self.requests: list[RowRequest | None] = [None] * max_num_seqs
         self.row_of: dict[str, int] = {}
-        self.free_rows = list(reversed(range(max_num_seqs)))
+        self.free_rows = list(reversed(range(max_num_seqs)))  # taken from the right: row 0 first
         self.num_admissions = 0
         self.wants_prompt_logprobs: set[str] = set()
         self.wants_more_than_temperature: set[str] = set()

@@ -5,6 +5,13 @@ Owns input forms, the progress bar and nothing else: it drives the same engine a
 
     with LLM() as llm:
         print(llm.generate("Once upon a time")[0].outputs[0].text)
+
+All prompts of a call are queued before the first step, so the scheduler sees them all, and a thousand prompts are one
+continuous batch and not a thousand calls. The order of the answers is that of the prompts, not that in which they end.
+
+Between two calls: requests in the engine == requests in `_enqueued`. A call that fails or is interrupted takes its own along.
+
+vLLM has the same face. There the engine runs in another process, and `LLM` asks it for one step's outputs at a time.
 """
 
 from __future__ import annotations
@@ -34,8 +41,8 @@ class LLM:
 
     def __init__(self, model: str | None = None, **kwargs: Any) -> None:
         self.engine = LLMEngine(engine_config_from_kwargs(model=None if model is None else str(model), **kwargs))
-        self._num_requests = 0
-        self._enqueued: list[str] = []
+        self._num_requests = 0  # ids are these numbers, counted up from 0
+        self._enqueued: list[str] = []  # queued, and not yet waited for
 
     def __enter__(self) -> LLM:
         return self
@@ -61,7 +68,11 @@ class LLM:
     def chat(self, messages: list[Any], sampling_params: SamplingParams | Sequence[SamplingParams] | None = None, *,
              use_tqdm: bool = True, chat_template: str | None = None, add_generation_prompt: bool = True,
              continue_final_message: bool = False, tools: list[dict[str, Any]] | None = None) -> list[RequestOutput]:
-        """Answer one conversation (a list of messages) or several (a list of lists) through the chat template."""
+        """Answer one conversation (a list of messages) or several (a list of lists) through the chat template.
+
+        Everything else is as in `generate`: the template makes the prompt, and the engine never knows that it was a conversation.
+        A model without a template raises `ValidationError`, unless `chat_template` brings one.
+        """
         conversations = messages if messages and isinstance(messages[0], list) else [messages]
         given = {"chat_template": chat_template or self.engine.chat_template, "tools": tools,
                  "add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message}
@@ -82,6 +93,7 @@ class LLM:
         return request_ids
 
     def _add_all_or_none(self, inputs: list[ProcessedInput]) -> None:
+        """Queue checked requests. The scheduler may still refuse one, which can never fit into the pool; then none stays."""
         added: list[str] = []
         try:
             for processed in inputs:
@@ -94,18 +106,20 @@ class LLM:
     def wait_for_completion(self, *, use_tqdm: bool = True) -> list[RequestOutput]:
         """Run until every queued prompt has its answer; returns them in the order in which they were queued."""
         request_ids, self._enqueued = self._enqueued, []
+        # A dict keeps the order in which keys came in: filled in any order, it gives the answers in the order of the prompts.
         finished: dict[str, RequestOutput | None] = dict.fromkeys(request_ids)  # None: still on its way
         num_left = len(request_ids)
         bar = _ProgressBar(num_left, enabled=use_tqdm)
         try:
             while num_left > 0:
+                # Else this loop would turn for ever: a request that is neither here nor answered is our own mistake.
                 assert self.engine.has_unfinished_requests(), "a queued request ends with an output or an error"
                 for output in self.engine.step():
-                    if output.finished and output.request_id in finished:
+                    if output.finished and output.request_id in finished:  # not one that somebody gave the engine directly
                         finished[output.request_id] = output
                         num_left -= 1
                         bar.advance(output)
-        except BaseException:
+        except BaseException:  # Ctrl-C too: a notebook goes on with the same engine, and its blocks must be free
             self.engine.abort_request(request_ids)
             raise
         finally:
@@ -130,6 +144,7 @@ class LLM:
         return self.engine.stats
 
     def _as_params(self, given: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
+        """One `SamplingParams` for each prompt. They are not copied here: the input processor copies what it keeps."""
         if given is None:
             return [self.get_default_sampling_params()] * count
         if isinstance(given, SamplingParams):
@@ -147,6 +162,7 @@ def _as_batch(prompts: Any) -> list[Any]:
     if not isinstance(prompts, Sequence) or isinstance(prompts, (bytes, bytearray)):
         raise ValidationError(f"prompts must be a string, a list of token ids or a list of prompts, got {type(prompts).__name__}",
                               parameter="prompts")
+    # [] is no prompt at all and not an empty one, so that generate([]) is [].
     is_one_prompt = len(prompts) > 0 and all(isinstance(item, int) for item in prompts)
     return [list(prompts)] if is_one_prompt else list(prompts)
 
@@ -159,6 +175,7 @@ class _ProgressBar:
         self.num_tokens = 0
 
     def advance(self, output: RequestOutput) -> None:
+        """One request more has ended; the rate counts whole answers, so it lags behind while long ones are on their way."""
         self.num_tokens += sum(len(answer.token_ids) for answer in output.outputs)
         elapsed = self.bar.format_dict["elapsed"] or 1e-9
         self.bar.set_postfix_str(f"output {self.num_tokens / elapsed:.1f} tokens/s", refresh=False)

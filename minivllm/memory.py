@@ -2,6 +2,12 @@
 
 Owns the division of what is there by what a block takes. How much is there: on a CPU a quarter of the free memory, on a GPU what
 `profile_run` has found to be left.
+
+    available // block_bytes = num_blocks, the null block among them
+    4 GiB     // 786,432     = 5,461          Qwen2.5-0.5B in bfloat16: blocks of 64 x 12,288 bytes (lesson 1)
+
+A pool is never larger than its requests could fill: on a small model most of the memory stays free for others. vLLM takes all
+that `gpu_memory_utilization` allows, and keeps it for prefixes.
 """
 
 from __future__ import annotations
@@ -25,6 +31,7 @@ LESS = {
 
 
 def kv_bytes_per_block(model_config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
+    """Bytes of one block in all layers, keys and values."""
     heads = model_config.num_hidden_layers * model_config.num_key_value_heads
     return 2 * heads * model_config.head_dim * dtype.itemsize * block_size
 

@@ -8,6 +8,11 @@ runs: it follows `SchedulerOutput` to the letter.
 `execute_model` launches a step and does not wait for it: the sampled tokens go from the sampler into the rows, where the next
 step finds them, and to the host, which reads them when it asks for the result. Logits are computed only where a token is
 sampled: the head of Qwen2.5-0.5B is 27 % of the model's arithmetic. vLLM: vllm/v1/worker/gpu/model_runner.py.
+
+A step takes one of three ways, the first that fits: a decode graph (every request gets its next token), a prompt graph (few
+tokens), or kernel by kernel. All three read the same rows and write the same slots, so any step may take any of them.
+
+    rows.positions[row] == batch.num_computed[row]      once a step is launched, whichever way it took
 """
 
 from __future__ import annotations
@@ -48,19 +53,20 @@ class ModelRunner:
         self.config = config
         self.device = device
         self.block_size = config.block_size
-        self.tokenizer = tokenizer
+        self.tokenizer = tokenizer  # for bad words alone, which are written as text
         self.uses_flex = config.attention_backend == "flex_attention"
         dtype = next(model.parameters()).dtype
         self.kv_cache = allocate_kv_cache(shape.num_hidden_layers, config.num_blocks, config.block_size,
                                           shape.num_key_value_heads, shape.head_dim, dtype, device)
+        # One tensor for all layers, so that new blocks are zeroed by one kernel; each layer gets a view of it.
         attention = ATTENTION[config.attention_backend]
         self.kv_caches = [attention(layer, config.block_size) for layer in self.kv_cache]
         self.batch = InputBatch(config.max_num_seqs)
         self.rows = RowTensors(config.max_num_seqs, config.max_model_len, config.num_blocks, config.block_size, device)
         self.sampling_key: list[int] = []  # whom `metadata` is about
         self.metadata: SamplingMetadata
-        self.forward_model: Callable[..., Tensor] = model
-        self.graphs: DecodeGraphs | None = None
+        self.forward_model: Callable[..., Tensor] = model  # compiled by `warm_up`, where that is possible
+        self.graphs: DecodeGraphs | None = None  # these two: after `warm_up`, with the compiled attention alone
         self.prompt_graphs: PromptGraphs | None = None
 
     @torch.inference_mode()
@@ -68,13 +74,13 @@ class ModelRunner:
         """Compute the scheduled positions, write their KV, and sample for every request that has reached its newest token."""
         self.update_rows(output)
         if not output.num_scheduled_tokens:
-            return AsyncOutput()
-        inputs = self.batch.prepare(output)
+            return AsyncOutput()  # rows have changed, and nothing is computed
+        inputs = self.batch.prepare(output)  # numpy on the host: no device is asked for anything
         if self.graphs is not None and inputs.is_decode and not self.batch.wants_prompt_logprobs:
             return self.run_graph(inputs, self.graphs)
         hidden = self.forward(inputs)
         step = self.sample(inputs, hidden, self.prompt_logprobs(inputs, hidden))
-        step.drafts = output.scheduled_spec_decode_tokens
+        step.drafts = output.scheduled_spec_decode_tokens  # what is accepted is worked out where the tokens are read
         return step
 
     @torch.inference_mode()
@@ -88,7 +94,7 @@ class ModelRunner:
         on_gpu = self.device.type == "cuda"
         if on_gpu:
             for cache in self.kv_caches:
-                torch._dynamo.mark_static(cache.kv_cache)
+                torch._dynamo.mark_static(cache.kv_cache)  # its shape is a constant of every kernel
             self.forward_model = CompiledModel(self.model)
         buckets = token_buckets(self.config.max_num_batched_tokens or 0, sum(weight.numel() for weight in self.model.parameters()))
         self.prompt_graphs = PromptGraphs(self.forward_model, self.kv_caches, self.rows, buckets, use_graphs=on_gpu)
@@ -96,6 +102,7 @@ class ModelRunner:
                                    use_graphs=on_gpu, use_compile=on_gpu)
         if on_gpu:
             seconds = self.graphs.capture()
+            # Steps beyond the largest graph run uncaptured, and their first one must not be the one that compiles.
             for num_tokens in (2, MOST_TOKENS + 2):  # what is compiled for few tokens, and for many
                 inputs = self.padding_inputs(num_tokens)
                 self.forward_ungraphed(inputs, *self.upload(inputs.rows, inputs.seq_lens))
@@ -118,7 +125,11 @@ class ModelRunner:
         return self.launched(inputs.rows, logits, token_ids, {})
 
     def update_rows(self, output: SchedulerOutput) -> None:
-        """Apply the differences since the last step, and zero the blocks that are new."""
+        """Apply the differences since the last step, and zero the blocks that are new.
+
+        The order matters: a row that was left in this step may be given away in it, and a rewound row has lost blocks before it
+        gets new ones. Dropping a row that is not there does nothing, because a step that failed is told again.
+        """
         for request_id in (*output.finished_request_ids, *output.preempted_request_ids):
             self.batch.remove(request_id)
         self.rewind(output.rewound_requests)
@@ -132,11 +143,12 @@ class ModelRunner:
             rows = new_rows + [self.batch.row_of[request_id] for request_id in output.new_block_ids]
             self.rows.write_blocks(rows, self.batch.num_blocks[rows].tolist(), tables)
             self.batch.num_blocks[rows] += [len(table) for table in tables]
+            # A block is zeroed for its new owner: attention may read all of it before all of it is written (0 * NaN is NaN).
             # The blocks before num_computed_tokens are prefix hits: they hold what others have computed.
             hits = [new.num_computed_tokens // self.block_size for new in output.new_requests] + [0] * len(output.new_block_ids)
             new_blocks = np.array([block for table, num_hits in zip(tables, hits) for block in table[num_hits:]], dtype=np.int64)
             zero_blocks(self.kv_cache, upload(new_blocks, self.device), self.block_size)
-        if drafts := output.scheduled_spec_decode_tokens:
+        if drafts := output.scheduled_spec_decode_tokens:  # guesses stand in the row like tokens, until `rewind`
             rows = [self.batch.row_of[request_id] for request_id in drafts]
             self.rows.write_tokens(rows, self.batch.num_tokens[rows].tolist(), list(drafts.values()))
 
@@ -154,7 +166,7 @@ class ModelRunner:
     def forward(self, inputs: StepInputs) -> Tensor:
         """One pass over T tokens of B requests; returns hidden states (T, E)."""
         rows, seq_lens = self.upload(inputs.rows, inputs.seq_lens)
-        self.rows.positions[rows] = seq_lens.int()
+        self.rows.positions[rows] = seq_lens.int()  # where the next token of each will stand
         if self.prompt_graphs is not None and self.prompt_graphs.fits(inputs):
             return self.prompt_graphs.run(inputs)
         return self.forward_ungraphed(inputs, rows, seq_lens)
@@ -163,13 +175,13 @@ class ModelRunner:
         """The same for a step of any shape."""
         token_rows, positions = self.upload(inputs.token_rows, inputs.positions)
         input_ids = self.rows.token_ids[token_rows, positions]  # (T,)
-        slots = slot_mapping(self.rows.block_table, token_rows, positions, self.block_size)
+        slots = slot_mapping(self.rows.block_table, token_rows, positions, self.block_size)  # (T,)
         metadata = self.flex_metadata(inputs, slots) if self.uses_flex else self.paged_metadata(inputs, rows, seq_lens, slots)
         return self.forward_model(input_ids, positions, self.kv_caches, metadata)
 
     def paged_metadata(self, inputs: StepInputs, rows: Tensor, seq_lens: Tensor, slots: Tensor) -> AttentionMetadata:
         """What the readable attention has to know of a step."""
-        num_blocks = -(-int(inputs.seq_lens.max()) // self.block_size)
+        num_blocks = -(-int(inputs.seq_lens.max()) // self.block_size)  # of the longest request: no wider table is read
         (starts,) = self.upload(np.concatenate(([0], np.cumsum(inputs.query_lens))))
         return AttentionMetadata(starts.int(), seq_lens.int(), self.rows.block_table[rows, :num_blocks], slots, inputs.num_decodes,
                                  inputs.query_lens.tolist(), inputs.seq_lens.tolist(),
@@ -179,6 +191,7 @@ class ModelRunner:
         """What the compiled attention has to know of a step: decodes padded to a bucket, prompts cut into tiles."""
         count, shape, decode, prefill = inputs.num_decodes, self.model.config, None, None
         if count:
+            # Padded to a bucket here as well: one compiled kernel for each bucket, and not for each number of decodes.
             padded = np.zeros((2, bucket_of(count, self.config.max_num_seqs)), dtype=np.int64)
             padded[0], padded[0, :count], padded[1, :count] = self.rows.padding_row, inputs.rows[:count], inputs.positions[:count]
             rows, positions = upload(padded, self.device)
@@ -201,8 +214,9 @@ class ModelRunner:
         back = np.repeat(np.cumsum(num_sampled), num_sampled) - np.arange(num_sampled.sum()) - 1  # (R,)
         last = np.repeat(np.cumsum(inputs.query_lens)[inputs.samples] - 1, num_sampled) - back  # in the flat batch
         rows = np.repeat(rows, num_sampled)
-        last, index, behind = self.upload(last, rows, back)
+        last, index, behind = self.upload(last, rows, back)  # (R,) each, in one copy
         logits = self.model.compute_logits(hidden[last])  # (R, V)
+        # The plain sampler is compiled, and good for one token a row: behind drafts a row has several, each at a place of its own.
         if self.graphs is not None and not self.batch.wants_more_than_temperature and not back.any():
             return self.launched(rows, logits, self.graphs.sample(logits, index), prompt_logprobs)
         offsets = np.repeat(num_sampled, num_sampled) - 1 - back
@@ -215,14 +229,14 @@ class ModelRunner:
         A row may come several times: its token then stands `offsets` behind the known ones, `back` before the step's last.
         """
         metadata = self.sampling_metadata(rows, index, offsets, back)
-        token_ids = sample(logits, metadata)
+        token_ids = sample(logits, metadata)  # (R,)
         self.rows.token_ids[index, metadata.positions] = token_ids.int()
         return token_ids
 
     def launched(self, rows: np.ndarray, logits: Tensor, token_ids: Tensor, prompt_logprobs: PromptLogprobs) -> AsyncOutput:
         """Count each row's sampled token (R,), and send it on its way to the host."""
-        np.add.at(self.batch.num_tokens, rows, 1)
-        requests = [self.batch.request(row) for row in rows]
+        np.add.at(self.batch.num_tokens, rows, 1)  # `+=` would count a row that comes twice once
+        requests = [self.batch.request(row) for row in rows]  # looked up now: rows may belong to others when the tokens arrive
         step = AsyncOutput([request.request_id for request in requests], token_ids, prompt_logprobs)
         asked = {index: request.params.logprobs for index, request in enumerate(requests) if request.params.logprobs is not None}
         if asked:
@@ -237,9 +251,9 @@ class ModelRunner:
         A token's history is its row up to its own position, so that drafts before it count and those behind it do not.
         """
         requests = [self.batch.request(row) for row in rows]
-        key = [request.admission for request in requests]
+        key = [request.admission for request in requests]  # not names: an id may come back with other parameters
         known = self.batch.num_tokens[rows] + offsets  # where the new tokens will stand
-        if key != self.sampling_key:
+        if key != self.sampling_key:  # somebody joined, left, or moved to another row
             self.sampling_key = key
             self.metadata = SamplingMetadata.from_requests(
                 [RowParams(request.params, request.seed, int(position), request.num_prompt_tokens, (), request.eos_token_ids,
@@ -260,9 +274,9 @@ class ModelRunner:
             end = min(int(inputs.seq_lens[index]), request.num_prompt_tokens - 1)  # the prompt's last position predicts output
             first = int(inputs.seq_lens[index] - inputs.query_lens[index])
             if request.params.prompt_logprobs is None or first >= end:
-                continue
-            states = hidden[starts[index] : starts[index] + end - first]
-            following = self.rows.token_ids[row, first + 1 : end + 1].long()
+                continue  # did not ask, or is past its prompt
+            states = hidden[starts[index] : starts[index] + end - first]  # (end - first, E)
+            following = self.rows.token_ids[row, first + 1 : end + 1].long()  # (end - first,) what came there
             entries = prompt_logprobs(states, following, self.model.compute_logits, request.params.prompt_logprobs)
             found[request.request_id] = (first + 1, list(entries))
         return found
@@ -274,7 +288,7 @@ class ModelRunner:
     def close(self) -> None:
         """Let go of weights and KV, and hand cached GPU memory back to the device. A step that nobody waits for may still run."""
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+            torch.cuda.synchronize(self.device)  # or a kernel would go on in memory that belongs to somebody else
         del self.model, self.forward_model, self.kv_cache, self.kv_caches, self.rows, self.graphs, self.prompt_graphs
         if self.device.type == "cuda":
             torch.cuda.empty_cache()

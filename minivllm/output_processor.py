@@ -5,6 +5,13 @@ names the request and the engine has the scheduler end it. Everything handed out
 server take differences.
 
     step's tokens  {"0_r": [11], "1_r": [42]}  ->  RequestOutput("r", outputs=[" a", " the"])
+
+Between two steps, for every user request that is in here:
+
+    num_unfinished == children in `parents` >= 1
+    len(child.token_ids) == child.request.num_output_tokens, and as many logprobs if they were asked for
+
+vLLM: v1/engine/output_processor.py, beside the API server and not beside the scheduler, so that text never delays a step.
 """
 
 from __future__ import annotations
@@ -29,12 +36,16 @@ class ChildState:
         self.token_ids: list[int] = []
         self.logprobs: list[dict[int, Logprob]] | None = None if params.logprobs is None else []
         self.cumulative_logprob: float | None = None if params.logprobs is None else 0.0
-        self.stop_string: str | None = None
+        self.stop_string: str | None = None  # the one that ended the text; the request's own status knows of tokens only
 
     def update(self, logprobs: list[dict[int, Logprob]]) -> None:
-        """Take in the tokens that the request has gained, and note the stop string that they completed, if any."""
+        """Take in the tokens that the request has gained, and note the stop string that they completed, if any.
+
+        `logprobs` has one entry for each of them, or none at all where nobody asked.
+        """
         request = self.request
-        new_token_ids = request.output_token_ids[len(self.token_ids):]
+        new_token_ids = request.output_token_ids[len(self.token_ids):]  # one, or with speculation the accepted run
+        # The text of the token that ended the request, "<|im_end|>" say, is not shown: the detokenizer must know that it did.
         ended_by_token = request.status == RequestStatus.FINISHED_STOPPED
         self.stop_string = self.detokenizer.update(new_token_ids, stop_terminated=ended_by_token)
         if self.stop_string is not None:  # what an accepted run holds behind it was never said
@@ -50,7 +61,7 @@ class ChildState:
         return CompletionOutput(
             index=self.index, text=self.detokenizer.text, token_ids=list(self.token_ids),
             cumulative_logprob=self.cumulative_logprob,
-            logprobs=None if self.logprobs is None else list(self.logprobs),
+            logprobs=None if self.logprobs is None else list(self.logprobs),  # a copy of the list, not of its dicts
             finish_reason=request.status.finish_reason if found is None else "stop",
             stop_reason=request.stop_reason if found is None else found)
 
@@ -65,6 +76,7 @@ class OutputState:
     num_unfinished: int = 0
 
     def to_output(self) -> RequestOutput:
+        """What the user gets: all n answers as far as they are, in the order of their index, whoever has moved."""
         requests = [child.request for child in self.children]
         return RequestOutput(
             request_id=self.processed.request_id,
@@ -86,14 +98,15 @@ class OutputProcessor:
         self.tokenizer = tokenizer
         self.states: dict[str, OutputState] = {}
         self.parents: dict[str, tuple[OutputState, ChildState]] = {}
-        self.token_texts: dict[int, str] = {}
+        self.token_texts: dict[int, str] = {}  # of tokens that logprobs have named: decoding costs more than looking up
 
     def add(self, processed: ProcessedInput, children: list[Request]) -> None:
         """Start keeping track of a request that the scheduler has accepted."""
+        # The first token of a prompt follows nothing, so its place in the prompt's logprobs is None, as in vLLM.
         states = [ChildState(index, request, self.tokenizer) for index, request in enumerate(children)]
         wants_prompt = processed.params.prompt_logprobs is not None
         state = OutputState(processed, states, [None] if wants_prompt else None, num_unfinished=len(states))
-        self.states[processed.request_id] = state
+        self.states[processed.request_id] = state  # by the user's id; below, by the ids that the scheduler knows
         for child in states:
             self.parents[child.request.request_id] = (state, child)
 
@@ -117,7 +130,7 @@ class OutputProcessor:
     def name_tokens(self, entry: dict[int, Logprob]) -> dict[int, Logprob]:
         """The same logprobs with each token's text, as it looks alone: half a character is U+FFFD."""
         if self.tokenizer is None:
-            return entry
+            return entry  # ids alone: whoever works without a tokenizer has asked for no text
         for token_id in entry.keys() - self.token_texts.keys():
             self.token_texts[token_id] = self.tokenizer.decode([token_id])
         return {token_id: replace(logprob, decoded_token=self.token_texts[token_id]) for token_id, logprob in entry.items()}
@@ -133,9 +146,10 @@ class OutputProcessor:
             state, child = self.parents[request.request_id]
             moved[state.processed.request_id] = state
             if request.is_finished:
-                child.detokenizer.finish()
+                child.detokenizer.finish()  # shows what was held back for a stop string that did not come
                 del self.parents[request.request_id]
                 state.num_unfinished -= 1
+        # The user's request ends with the last of its children; until then its id stays taken.
         for request_id, state in moved.items():
             if state.num_unfinished == 0:
                 del self.states[request_id]

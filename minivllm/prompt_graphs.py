@@ -36,7 +36,11 @@ def token_buckets(budget: int, num_parameters: int) -> list[int]:
 
 
 class PromptGraphs:
-    """Captured steps with prompts. What `run` returns stays valid until the next run."""
+    """Captured steps with prompts. What `run` returns stays valid until the next run.
+
+    A graph has one input, an array of integers: 3 x size for the tokens, 4 x (size / QUERY_TILE + MOST_REQUESTS) for the tiles. One
+    upload fills it. Everything else that a step reads lies in the rows already.
+    """
 
     def __init__(self, forward: Callable[..., Tensor], kv_caches: Sequence[PagedAttention], rows: RowTensors,
                  buckets: list[int], *, use_graphs: bool = True) -> None:
@@ -51,6 +55,7 @@ class PromptGraphs:
 
     def fits(self, inputs: StepInputs) -> bool:
         """Whether there is a graph for a step of so many tokens and requests."""
+        # Few tokens of many requests would need more tiles than there are.
         return bool(self.buckets) and len(inputs.positions) <= self.buckets[-1] and len(inputs.rows) <= MOST_REQUESTS
 
     def pack(self, size: int, inputs: StepInputs | None = None) -> np.ndarray:

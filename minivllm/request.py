@@ -56,7 +56,11 @@ FINISH_REASONS = {
 
 @dataclass
 class RequestTimes:
-    """When things happened to a request, in seconds of the engine's clock; None until they have."""
+    """When things happened to a request, in seconds of the engine's clock; None until they have.
+
+    arrival <= queued <= first_scheduled <= first_token <= last_token. Time to first token is first_token - arrival; the
+    server's histograms are made of these differences. A preemption changes none of them.
+    """
 
     arrival: float = 0.0
     queued: float | None = None
@@ -69,6 +73,9 @@ class Request:
     """One sequence in the engine. `n > 1` becomes n of these, which share their prompt's blocks through the prefix cache.
 
     The scheduler alone changes `status` and `num_computed_tokens`; `output_token_ids` grows by `append_output_token_id`.
+    While it is RUNNING, with the tokens that steps in flight will bring counted in:
+
+        num_computed_tokens <= num_tokens + num_output_placeholders
     """
 
     def __init__(self, request_id: str, prompt_token_ids: Sequence[int], sampling_params: SamplingParams, *,

@@ -6,6 +6,12 @@ Owns the keys and the break-even formula. Knows no tensor and no request.
     {"model": "Qwen/Qwen2.5-0.5B-Instruct", "num_speculative_tokens": 4}
     {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4, "prompt_lookup_min": 2}
 
+Guessing pays where a step waits for the weights and a draft is cheap, and loses where it waits for arithmetic (lesson 12). So the
+start-up report says what acceptance is needed, and the counters say what it is:
+
+    tokens a step = 1 + a + a^2 + ... + a^k        a: how often a draft is right; k: drafts a step
+    worth it if that > 1 + k x cost                cost: of one draft, in steps of the model; at batch size 1
+
 vLLM: vllm/config/speculative.py, which knows many more methods.
 """
 
@@ -128,7 +134,7 @@ def break_even(num_drafts: int, cost: float) -> float:
     """
     if cost > 1:
         return 2.0
-    low, high = 0.0, 1.0
+    low, high = 0.0, 1.0  # more acceptance never brings fewer tokens, so halving finds the one place
     for _ in range(40):
         middle = (low + high) / 2
         low, high = (middle, high) if tokens_per_step(middle, num_drafts) < 1 + num_drafts * cost else (low, middle)

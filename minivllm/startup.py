@@ -6,6 +6,14 @@ Owns the order of a start and the report that says what was decided and why. The
     KV bytes a block = 2 (K and V) x layers x KV heads x head size x bytes of the dtype x block size
 
 How much memory the blocks may take: memory.py, and profile_run.py for a GPU.
+
+    tokenizer | weights | profile run | KV pool | compiling | capturing
+    cheap, and most       what a step    the rest   what a GPU alone
+    mistakes show here    needs itself   of memory  needs (lesson 14)
+
+The order is not free. What can be wrong in a setting is found before gigabytes are read; the profile run needs the weights in
+place, the pool what the profile run leaves, and a graph the addresses of the pool. vLLM: v1/worker/gpu_worker.py, driven by
+v1/engine/core.py from another process.
 """
 
 from __future__ import annotations
@@ -40,13 +48,13 @@ logger = logging.getLogger("minivllm")
 
 @dataclass
 class Started:
-    """What a start hands to the engine."""
+    """What a start hands to the engine. Weights and KV cache are the runner's; nobody else holds a tensor."""
 
     config: EngineConfig  # nothing left None that the engine needs
     model_config: ModelConfig
-    tokenizer: Any | None
+    tokenizer: Any | None  # None after skip_tokenizer_init: then there are no texts and no stop strings
     defaults: GenerationDefaults
-    chat_template: str | None
+    chat_template: str | None  # Jinja: what was passed, or else the tokenizer's own
     runner: ModelRunner
     proposer: Proposer | None  # who guesses ahead
     report: str
@@ -58,7 +66,7 @@ def start(config: EngineConfig) -> Started:
     Where memory runs out, all that was allocated is given back and a `NotEnoughMemoryError` says what to change.
     """
     configure_logging()
-    began: dict[str, float] = {}  # phase -> when
+    began: dict[str, float] = {}  # phase -> when it began, in seconds of no particular clock; the last one is the one that failed
     try:
         return _start(config, began)
     except (RuntimeError, NotEnoughMemoryError) as error:
@@ -72,18 +80,23 @@ def start(config: EngineConfig) -> Started:
 
 
 def _start(config: EngineConfig, began: dict[str, float]) -> Started:
-    """`start`, which tells `began` of each phase."""
+    """`start`, which tells `began` of each phase, so that a failure is blamed on the phase in which it came.
+
+    Two models may share the memory: with a draft a block holds the KV of both (draft_model.py), so both are loaded before sizes
+    are decided.
+    """
     began["tokenizer"] = time.perf_counter()
     folder = resolve_model(config.model, config.revision)
     model_config = ModelConfig.from_folder(folder)
     tokenizer = None if config.skip_tokenizer_init else load_tokenizer(folder, config, model_config.vocab_size)
     began["weights"] = time.perf_counter()
-    device = decide_device(config.device)
+    device = decide_device(config.device)  # only now: importing and reading configs needs no device
     dtype = resolve_dtype(config.dtype, model_config, device)
     is_dummy = config.load_format == "dummy"
     model = load_dummy_model(model_config, dtype, device, config.seed) if is_dummy else load_model(folder, dtype, device)
     num_bytes = sum(weight.numel() * weight.itemsize for weight in model.parameters())
     draft, speculation = load_draft(config, model, tokenizer, dtype, device)
+    # Counted before: packing moves the weights into the layout of oneDNN, and they are parameters no more.
     told = {"threads": set_num_threads(device), "speculation": speculation,
             "weights": f"{num_bytes:,} bytes, {pack_linears(model, device, config.max_num_seqs)}"}
     began["profile run"] = time.perf_counter()
@@ -92,13 +105,15 @@ def _start(config: EngineConfig, began: dict[str, float]) -> Started:
     runner = ModelRunner(model, config, device, tokenizer)
     proposer = make_proposer(config, draft, device, tokenizer)
     began["compiling"] = time.perf_counter()
+    # Kernels that an earlier start has compiled are taken from disk: it must be open before the first one is asked for.
     cache = CompileCache() if device.type == "cuda" and config.attention_backend == "flex_attention" else None
     capture_seconds = runner.warm_up() + (proposer.warm_up() if isinstance(proposer, DraftModelProposer) else 0.0)
+    # Compiling and capturing take turns, bucket by bucket: what capturing took in all is reported as if it had come last.
     began["capturing"] = time.perf_counter() - capture_seconds
     defaults = read_generation_config(folder, config.generation_config, tokenizer)
     template = load_chat_template(config.chat_template) or getattr(tokenizer, "chat_template", None)
     report = write_report(config, model, told, defaults, template, folder, memory, cache, began)
-    logger.info("%s", report)
+    logger.info("%s", report)  # as one record, so that other threads' lines do not come in between
     return Started(config, model_config, tokenizer, defaults, template, runner, proposer, report)
 
 
@@ -112,7 +127,11 @@ def configure_logging() -> None:
 
 
 def load_tokenizer(folder: Path, config: EngineConfig, vocab_size: int) -> Any:
-    """The folder's tokenizer by transformers. No code from the checkpoint is ever executed."""
+    """The folder's tokenizer by transformers. No code from the checkpoint is ever executed.
+
+    An embedding may have more rows than the tokenizer has tokens (Qwen2.5 pads 151,665 to 151,936), and never fewer: an id
+    beyond it would be an error of the device in the middle of serving.
+    """
     from transformers import AutoTokenizer
 
     source = config.tokenizer or str(folder)
@@ -138,7 +157,7 @@ def load_chat_template(given: str | None) -> str | None:
 
 
 def decide_device(asked: str) -> torch.device:
-    """"auto" is CUDA when there is one."""
+    """"auto" is CUDA when there is one. Other devices of torch are refused: this engine was never run on one."""
     if asked == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -157,9 +176,13 @@ def decide_sizes(config: EngineConfig, model_config: ModelConfig, dtype: torch.d
                  draft: Qwen2ForCausalLM | None = None) -> tuple[EngineConfig, MemorySum | None]:
     """The same config with every size filled in, and the sum of a GPU's memory if one was needed, by a profile run of `model`.
 
-    A max_model_len that nobody asked for is lowered to what the pool holds; one that was asked for stays.
+    A max_model_len that nobody asked for is lowered to what the pool holds; one that was asked for stays, and then a request
+    beyond the pool is refused when it is added. With num_blocks given nothing is measured. What holds afterwards:
+
+        max_model_len - 1 <= (num_blocks - 1) x block_size    unless it was asked for: one request alone always fits
     """
     on_gpu = device.type == "cuda"
+    # A GPU's kernel reads keys in tiles of up to 64, and no tile is larger than a block; 16 wastes less (lesson 7).
     block_size = config.block_size or (64 if on_gpu else 16)
     longest = model_config.max_model_len
     if config.max_model_len is not None and config.max_model_len > longest:
@@ -172,6 +195,7 @@ def decide_sizes(config: EngineConfig, model_config: ModelConfig, dtype: torch.d
     if num_blocks is None:
         if on_gpu and model is not None and config.kv_cache_memory_bytes is None:
             memory = measure_memory(model, config, backend, max_model_len, decide_budget(config, max_model_len, on_gpu), device)
+        # One block id stands for a block of each model: the draft has tensors of its own under the same block table.
         block_bytes = sum(kv_bytes_per_block(one, block_size, dtype) for one in (model_config, *([draft.config] if draft else ())))
         num_blocks = decide_num_blocks(config, block_bytes, block_size, max_model_len, memory)
     if config.max_model_len is None:
@@ -179,7 +203,7 @@ def decide_sizes(config: EngineConfig, model_config: ModelConfig, dtype: torch.d
     sized = dataclasses.replace(config, device=str(device), dtype=str(dtype).removeprefix("torch."), block_size=block_size,
                                 num_blocks=num_blocks, max_model_len=max_model_len, attention_backend=backend,
                                 max_num_batched_tokens=decide_budget(config, max_model_len, on_gpu),
-                                # a CPU has nothing to overlap, and a trace is easier to read step by step
+                                # a CPU has nothing to overlap, a trace is easier to read step by step,
                                 # and drafts follow the tokens of the step before
                                 async_scheduling=(on_gpu and config.trace is None and config.speculative_config is None)
                                 if config.async_scheduling is None else config.async_scheduling)
@@ -187,7 +211,11 @@ def decide_sizes(config: EngineConfig, model_config: ModelConfig, dtype: torch.d
 
 
 def decide_budget(config: EngineConfig, max_model_len: int, on_gpu: bool) -> int:
-    """Tokens of a step. Without chunks the longest prompt must fit into one."""
+    """Tokens of a step. Without chunks the longest prompt must fit into one.
+
+    Enough to keep the arithmetic busy (lesson 3: a few hundred on an H200), and few enough that nobody's next token waits long
+    for somebody's prompt (lesson 10). A CPU is busy with less.
+    """
     if config.max_num_batched_tokens is not None:
         return config.max_num_batched_tokens
     budget = 8192 if on_gpu else 2048
@@ -196,7 +224,11 @@ def decide_budget(config: EngineConfig, max_model_len: int, on_gpu: bool) -> int
 
 def decide_attention_backend(config: EngineConfig, model_config: ModelConfig, dtype: torch.dtype, device: torch.device,
                              block_size: int) -> str:
-    """"auto" is the fastest that runs here without being asked for more: compiled on CUDA, standing copies on a CPU."""
+    """"auto" is the fastest that runs here without being asked for more: compiled on CUDA, standing copies on a CPU.
+
+    "paged_gather", the readable rung, runs everywhere; a compiled kernel wants powers of two for what it cuts into tiles. As for
+    any setting, what was asked for by name and cannot be is an error, and never silently something slower.
+    """
     sizes = (block_size, model_config.head_dim)
     has_kernel = device.type == "cuda" and dtype != torch.float64 and all(size in (16, 32, 64, 128, 256) for size in sizes)
     if config.attention_backend == "flex_attention" and not has_kernel:
@@ -218,15 +250,19 @@ def resolved_sizes(config: EngineConfig) -> tuple[int, int, int]:
     """(num_blocks, block_size, max_model_len) of a config that a start has filled in."""
     sizes = (config.num_blocks, config.block_size, config.max_model_len)
     assert None not in sizes, "a started engine has decided its sizes"
-    return sizes  # type: ignore[return-value]
+    return sizes  # type: ignore[return-value]  # mypy does not see that None is ruled out
 
 
 def write_report(config: EngineConfig, model: Qwen2ForCausalLM, told: dict[str, str], defaults: GenerationDefaults,
                  template: str | None, folder: Path, memory: MemorySum | None, cache: CompileCache | None,
                  began: dict[str, float]) -> str:
-    """The start-up report: what was decided, in one place, once."""
+    """The start-up report: what was decided, in one place, once.
+
+    A line for each question that a user has asked of such engines: why so few requests at once, why this answer without a
+    temperature, why no chat.
+    """
     num_blocks, block_size, max_model_len = resolved_sizes(config)
-    pool_tokens = (num_blocks - 1) * block_size
+    pool_tokens = (num_blocks - 1) * block_size  # all but the null block
     pool_bytes = num_blocks * kv_bytes_per_block(model.config, block_size, model.model.embed_tokens.weight.dtype)
     lines = [
         f"checkpoint         {config.model or 'embedded toy model'} ({folder.name}), {config.dtype} on {config.device}",

@@ -2,6 +2,8 @@
 allowed the time of two of them: 64 threads that share two cores' time wait for each other most of it.
 
 Owns one number. What the user says (OMP_NUM_THREADS, MKL_NUM_THREADS) stands; more than the quota is lowered to it.
+
+    threads = min(cores that torch sees, quota rounded up)      8 cores, 200 ms of each 100 ms -> 2
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 def cpu_quota(root: Path = CGROUP) -> float | None:
     """Cores' worth of time that this container may use, None for no limit. Linux's cgroups, version 2 and 1."""
     try:
-        quota, period = (root / "cpu.max").read_text().split()
+        quota, period = (root / "cpu.max").read_text().split()  # "200000 100000", or "max 100000"
     except (OSError, ValueError):
         try:
             quota, period = ((root / "cpu" / f"cpu.cfs_{name}_us").read_text().strip() for name in ("quota", "period"))

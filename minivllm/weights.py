@@ -7,6 +7,12 @@ Owns paths, files and names. Never computes. One load map says where each tensor
 
 Files are mapped, not read: a tensor is copied from the page cache straight into its rows, on the model's device and in its
 type, so the process never holds more than the model and the pages of one shard.
+
+    sum of the rows of all targets of a parameter == its rows, without gaps and without overlap
+
+So a model that has loaded has no number left as the memory was; a wrong name in a file is an error and not a random layer.
+Only safetensors are read. Pickled weights are programs, and a checkpoint is data. vLLM: model_executor/model_loader/, with more
+formats, and loaders that stream from object stores.
 """
 
 from __future__ import annotations
@@ -39,7 +45,7 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}  # ours -> the files'
 TIED_HEAD = "lm_head.weight"
 FLOATS = ("F64", "F32", "F16", "BF16")
-PROGRESS_BAR_BYTES = 1_000_000_000
+PROGRESS_BAR_BYTES = 1_000_000_000  # a single file that is smaller is there before a bar could be read
 
 
 # ---- Find ----
@@ -67,6 +73,7 @@ def resolve_model(name_or_path: str | os.PathLike[str] | None = None, revision: 
 
 
 def _embedded_model() -> Path:
+    """By importlib.resources, because a learner's copy of this module lies elsewhere (exercises.py)."""
     folder = Path(str(importlib.resources.files("minivllm") / "tiny" / "model"))
     if not folder.is_dir():
         raise CheckpointError(f"the embedded checkpoint is missing from {folder}: reinstall minivllm, or name a model")
@@ -74,6 +81,7 @@ def _embedded_model() -> Path:
 
 
 def _from_hub(name: str, revision: str | None) -> Path:
+    """The hub's client keeps whole snapshots and asks the hub whether there is a newer one; offline it takes the newest it has."""
     try:
         return Path(huggingface_hub.snapshot_download(
             name, revision=revision, allow_patterns=list(HUB_PATTERNS), ignore_patterns=list(HUB_IGNORED)))
@@ -87,6 +95,7 @@ def _from_hub(name: str, revision: str | None) -> Path:
 
 
 def _from_modelscope(name: str, revision: str | None) -> Path:
+    """The same files under the same ids, for those whom the hub does not reach."""
     try:
         import modelscope
     except ImportError as error:
@@ -109,6 +118,7 @@ class Target(NamedTuple):
 
     @property
     def view(self) -> Tensor:
+        """These rows, not a copy: writing to them writes the parameter."""
         return self.parameter[self.rows]
 
     @property
@@ -127,7 +137,8 @@ def load_map(model: Qwen2ForCausalLM) -> dict[str, Target]:
             "gate_proj": config.intermediate_size, "up_proj": config.intermediate_size}
     targets = {}
     for name, parameter in model.named_parameters():
-        module, start = name.split(".")[-2], 0
+        module, start = name.split(".")[-2], 0  # "model.layers.0.self_attn.qkv_proj.weight" -> "qkv_proj"
+        # A fused matrix is its parts, one below the other, in the order of FUSED; any other is one part, all of its rows.
         for part in FUSED.get(module, (module,)):
             stop = start + rows.get(part, parameter.shape[0])
             targets[name.replace(module, part)] = Target(parameter, slice(start, stop))
@@ -143,7 +154,7 @@ def load_model(folder: str | os.PathLike[str], dtype: str | torch.dtype = "auto"
     """
     folder = Path(folder)
     config = ModelConfig.from_folder(folder)
-    shards = {file: read_header(file) for file in find_weight_files(folder)}
+    shards = {file: read_header(file) for file in find_weight_files(folder)}  # in the order in which they are read
     model = Qwen2ForCausalLM(config, dtype=resolve_dtype(dtype, config, device), device=device)
     targets = load_map(model)
     check_headers(folder, shards, targets, config.tie_word_embeddings)
@@ -151,8 +162,8 @@ def load_model(folder: str | os.PathLike[str], dtype: str | torch.dtype = "auto"
     with tqdm(desc="Loading weights", total=len(targets), unit=" tensors", disable=is_quiet) as progress:
         for file in shards:
             with open_shard(file) as shard:
-                for name in filter(targets.__contains__, shards[file]):
-                    targets[name].view.copy_(shard.get_tensor(name))
+                for name in filter(targets.__contains__, shards[file]):  # the known extras are left out
+                    targets[name].view.copy_(shard.get_tensor(name))  # converts to the parameter's type, and goes to its device
                     progress.update()
     if config.tie_word_embeddings:
         _check_tied_head(shards, targets["model.embed_tokens.weight"].parameter)
@@ -161,7 +172,10 @@ def load_model(folder: str | os.PathLike[str], dtype: str | torch.dtype = "auto"
 
 def load_dummy_model(config: ModelConfig, dtype: str | torch.dtype = "auto", device: torch.device | str = "cpu",
                      seed: int = 0) -> Qwen2ForCausalLM:
-    """Random weights in the true shape, for `load_format="dummy"`: speed does not depend on their values, text does."""
+    """Random weights in the true shape, for `load_format="dummy"`: speed does not depend on their values, text does.
+
+    Norms are 1, so that numbers neither vanish nor overflow on their way through the layers.
+    """
     model = Qwen2ForCausalLM(config, dtype=resolve_dtype(dtype, config, device), device=device)
     generator = torch.Generator(device).manual_seed(seed)
     for name, parameter in model.named_parameters():
@@ -173,7 +187,10 @@ def load_dummy_model(config: ModelConfig, dtype: str | torch.dtype = "auto", dev
 
 
 def resolve_dtype(requested: str | torch.dtype, config: ModelConfig, device: torch.device | str) -> torch.dtype:
-    """The type to compute in. "auto" is float32 on a CPU, where half types are slow, and the checkpoint's own elsewhere."""
+    """The type to compute in. "auto" is float32 on a CPU, where half types are slow, and the checkpoint's own elsewhere.
+
+    vLLM's "auto" turns a float32 checkpoint into a half type. Here it stays what it is: exactness is a promise.
+    """
     if isinstance(requested, torch.dtype):
         return requested
     if requested not in DTYPES:
@@ -208,6 +225,7 @@ def find_weight_files(folder: Path) -> list[Path]:
 def _indexed_files(index: Path) -> list[Path]:
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        # `.name` cuts any folder off: an index that came with a checkpoint must not name a file outside of it.
         names = sorted({Path(name).name for name in weight_map.values()})  # shards lie beside their index
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{index} cannot be read as an index of shards: {error!r}") from error
@@ -218,7 +236,10 @@ def _indexed_files(index: Path) -> list[Path]:
 
 @contextmanager
 def open_shard(file: Path) -> Iterator[Any]:
-    """Map a safetensors file. Whatever is wrong with it becomes a `CheckpointError` that names it."""
+    """Map a safetensors file. Whatever is wrong with it becomes a `CheckpointError` that names it.
+
+    A download that broke off is found here: the header says how long the file must be.
+    """
     try:
         with safetensors.safe_open(file, framework="pt") as shard:
             yield shard
@@ -230,7 +251,7 @@ Header = dict[str, tuple[tuple[int, ...], str]]  # tensor name -> (shape, dtype)
 
 
 def read_header(file: Path) -> Header:
-    """Names, shapes and types of a shard's tensors, without their data."""
+    """Names, shapes and types of a shard's tensors, without their data: kilobytes of a file of gigabytes."""
     with open_shard(file) as shard:
         slices = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118  (a shard is no dict)
         return {name: (tuple(piece.get_shape()), piece.get_dtype()) for name, piece in slices.items()}
@@ -261,7 +282,9 @@ def _check_tied_head(shards: dict[Path, Header], embedding: Tensor) -> None:
     for file in (file for file, header in shards.items() if TIED_HEAD in header):
         with open_shard(file) as shard:
             head = shard.get_tensor(TIED_HEAD)
+        # In the embedding's type: a float32 head beside a bfloat16 model is the same head.
         if head.shape != embedding.shape or not torch.equal(head.to(embedding), embedding):
+            # Which of the two the model was trained with nobody can tell, and text from the wrong one would look almost right.
             raise CheckpointError(f"{file}: {TIED_HEAD} differs from model.embed_tokens.weight, though config.json says "
                                   f"tie_word_embeddings=true: one of the two is wrong; set it to false to use both")
 

@@ -17,8 +17,8 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 TORCH_FREE = ["block_pool", "kv_cache", "request", "sampling_params", "scheduler", "scheduler_output",
               "steps_in_flight", "config", "exceptions", "speculative", "speculative_config", "learn"]
 MAX_MODULE_LINES, MAX_FUNCTION_LINES = 300, 30
-COURSE = ("learn", "learn_check", "learn_files", "exercises", "blanks", "viz", "trace", "compare", "cost", "generate",
-          "dense_cache", "slot_batching", "coursework")
+COURSE = ("learn", "learn_check", "learn_files", "exercises", "blanks", "viz", "viz_bands", "trace", "compare", "cost", "generate",
+          "dense_cache", "slot_batching", "coursework", "course_clients", "course_launches")
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 SPECULATION = ("speculative", "speculative_config", "draft_model", "rejection_sampling")
 FAST_RUNGS = ("flex_attention", "compiled_model", "cuda_graphs", "prompt_graphs", "profile_run", "compile_cache",
@@ -95,11 +95,60 @@ def count_code_lines(path: Path) -> int:
     return len(lines - docstrings)
 
 
+# Plumbing that says less than it should, with what it has: a number here may rise or leave, and no module may join.
+LEAN = {"config": 0.22, "async_engine": 0.32}  # both have the 300 lines that a module may have
+FEW_LINES = 20  # of code: below that a docstring is most of a module
+
+
+def engine_modules() -> list[Path]:
+    """The engine, its fast rungs and speculation."""
+    return [path for path in MODULES if path.relative_to(PACKAGE).parts[0].removesuffix(".py") not in NOT_ENGINE]
+
+
+def count_prose_lines(path: Path) -> tuple[int, int]:
+    """Lines that hold prose, and how many of these are comments at the end of a line of code.
+
+    Prose is what a docstring stands in, its blank lines with it, and every line with a comment.
+    """
+    source = path.read_text(encoding="utf-8")
+    docstrings: set[int] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, DOCUMENTED) and ast.get_docstring(node) is not None:
+            docstrings.update(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    comments = [token for token in tokenize.generate_tokens(io.StringIO(source).readline) if token.type == tokenize.COMMENT]
+    tails = sum(not token.line.lstrip().startswith("#") for token in comments)
+    return len(docstrings) + len(comments), tails
+
+
+def test_the_engine_says_why():
+    """Prose to code: 0.4 to 1.0 in every engine module, but for a list of lean ones that may only shrink; 0.45 to 0.8 in all."""
+    prose = {path.stem: count_prose_lines(path) for path in engine_modules()}
+    code = {path.stem: count_code_lines(path) for path in engine_modules()}
+    ratio = {name: prose[name][0] / code[name] for name in code}
+    for name, value in ratio.items():
+        least = LEAN.get(name, 0.4)
+        assert value >= least, f"{name}.py has {prose[name][0]} lines of prose for {code[name]} of code: {value:.2f}, below {least}"
+        assert value <= 1.0 or code[name] < FEW_LINES, f"{name}.py has {value:.2f} lines of prose for a line of code"
+    ready = [name for name in LEAN if ratio[name] >= 0.4]
+    assert not ready, f"lean no more, so take them off the list: {ready}"
+    average = sum(lines for lines, _ in prose.values()) / sum(code.values())
+    assert 0.45 <= average <= 0.8, f"{average:.2f} lines of prose for a line of code"
+    tails = sum(number for _, number in prose.values()) / sum(code.values())
+    assert 0.05 <= tails <= 0.15, f"a comment stands at the end of {tails:.0%} of the lines of code"
+
+
+def test_prose_is_counted_as_it_reads(tmp_path):
+    """A docstring counts with its blank line, a comment once, and a comment behind code is one of the latter."""
+    path = tmp_path / "module.py"
+    path.write_text('"""One.\n\nTwo.\n"""\n\n# Three.\nx = 1  # four\ny = "# no comment"\n', encoding="utf-8")
+    assert (count_prose_lines(path), count_code_lines(path)) == ((6, 1), 2)
+
+
 def test_the_engine_can_be_read_in_an_afternoon():
     """The engine is at most 3,430 lines of code, its fast rungs 575 and speculation 400 more, both of which can be left out, with
     at most 0.7 lines of prose and space for each; server, bench, training program and course come on top.
     """
-    engine = [path for path in MODULES if path.relative_to(PACKAGE).parts[0].removesuffix(".py") not in NOT_ENGINE]
+    engine = engine_modules()
     code = {path.stem: count_code_lines(path) for path in engine}
     rung = sum(code.pop(name) for name in FAST_RUNGS)
     guessing = sum(code.pop(name) for name in SPECULATION)

@@ -10,9 +10,14 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
+import torch
 
-from minivllm import viz
-from minivllm.coursework import course_workload, run_engine, seat_rows
+from minivllm import viz, viz_bands
+from minivllm.bench.workload import BenchRequest
+from minivllm.course_clients import leave_at_random, read_every, serve_clients
+from minivllm.course_launches import DecodeStep, launches, recorded
+from minivllm.coursework import course_workload, guesses, run_engine, seat_rows, taught_workload
+from minivllm.tiny import draft_path
 
 ROOT = Path(__file__).parent.parent
 LESSONS = sorted((ROOT / "lessons").glob("[0-9][0-9]_*.py"))
@@ -33,8 +38,8 @@ def code_of(path: Path) -> ast.Module:
 
 
 def test_there_are_lessons():
-    """The tests below would pass without any."""
-    assert len(LESSONS) >= 4
+    """Fifteen, numbered from 0: the tests below would pass without any."""
+    assert [int(path.name[:2]) for path in LESSONS] == list(range(15)), f"{[path.name for path in LESSONS]}"
 
 
 def test_a_lesson_is_cut_into_cells():
@@ -58,6 +63,16 @@ def test_a_notebook_without_outputs_is_the_same_twice():
     pytest.importorskip("nbconvert")
     build, source = load_build(), LESSONS[0].read_text(encoding="utf-8")
     assert json.dumps(build.to_notebook(source)) == json.dumps(build.to_notebook(source))
+
+
+def test_a_notebook_sees_what_is_saved_beside_it():
+    """The first code cell of a notebook, and no other, reloads modules that have changed; source and page do not say so."""
+    pytest.importorskip("nbconvert")
+    build, source = load_build(), LESSONS[0].read_text(encoding="utf-8")
+    cells = [cell.source for cell in build.to_notebook(source).cells if cell.cell_type == "code"]
+    assert [number for number, text in enumerate(cells) if "%autoreload 2" in text] == [0]
+    shown = (ROOT / "docs" / "lessons" / f"{LESSONS[0].stem}.md").read_text(encoding="utf-8")
+    assert "autoreload" not in source + shown, "plain Python cannot run it, and a page has nothing to reload"
 
 
 @each_lesson
@@ -133,7 +148,9 @@ def test_pictures_are_valid_and_carry_their_numbers(run):
         viz.table(blocks, 20, 16, 33, "table"): f">{blocks[0]}<", viz.triangle([[0, 1], [0, 1, 2]], "triangle"): ">2<",
         viz.timeline([("row", [(0, 90, 3, "abc"), (90, 100, None, "")])], "step", "rows & lines"): ">abc<",
         viz.steps(run.work()[:9], ["a", "b", "c"], 2048, "steps"): "2048", viz.bars([("a", 1234), ("b", 0.5)], "bars"): "1,234",
-        viz.line({"a": [(0, 1), (4, 32_640)]}, "x", "y", "line"): "32,640"}
+        viz.line({"a": [(0, 1), (4, 32_640)]}, "x", "y", "line"): "32,640",
+        viz_bands.ribbons([("request 0", [(0, 1, 0), (3, 1, 1)])], "step", "ribbons"): ">3<",
+        viz_bands.stacks([("1", [120.0, 7.5])], ["a", "a name that needs a line of its own " * 3], "us", "sum"): "128"}
     for picture, expected in pictures.items():
         ElementTree.fromstring(picture)
         assert expected in picture, f"{expected!r} is not in the picture {picture[-80:]}"
@@ -172,3 +189,69 @@ def test_rows_are_watched_until_the_last_answer():
         most.update(dict(step.values()))
     assert most == {number: len(request.prompt_token_ids) + request.max_tokens - 1
                     for number, request in enumerate(workload.requests)}
+
+
+# ---- Lessons 12 to 14 ----
+
+SMALL = {"model": str(draft_path()), "num_blocks": 33, "block_size": 16, "max_model_len": 256, "max_num_seqs": 3}
+
+
+def test_guesses_are_counted_like_the_engine_counts_them():
+    """What the ribbons show sums to the engine's own counters, request by request and step by step."""
+    run = run_engine(taught_workload(max_tokens=12), speculative_config={"num_speculative_tokens": 3}, num_blocks=65,
+                     block_size=16, max_model_len=256)
+    accepted, own, refused = map(sum, zip(*(cell for _, row in guesses(run) for cell in row)))
+    stats = run.stats
+    assert accepted + own == stats.num_generated_tokens == 8 * 12, f"{accepted} accepted and {own} of the model's own"
+    assert (accepted, accepted + refused) == (stats.num_accepted_tokens, stats.num_draft_tokens), f"{refused} refused"
+
+
+def test_clients_are_served_all_the_same_and_wait_in_turn():
+    """Any number of clients gets every token; with more clients than seats somebody waits, and nobody else does."""
+    workload = course_workload(6)
+    served = {number: serve_clients(workload, number, **SMALL) for number in (1, 3, 6)}
+    for number, one in served.items():
+        assert one.num_tokens == workload.num_output_tokens, f"{number} clients got {one.num_tokens} tokens"
+        assert max(one.running) == min(number, 3), f"{number} clients: {max(one.running)} requests at once"
+        assert (max(one.waiting) > 0) == (number > 3), f"{number} clients: up to {max(one.waiting)} wait"
+    assert len(served[1].running) > len(served[3].running), "clients share steps"
+
+
+def test_who_leaves_leaves_nothing_behind():
+    """Clients that leave in the queue or in the middle of an answer give every block back before the next step."""
+    departures, num_read, num_missing = leave_at_random(course_workload(12), 3, chance=0.1, **SMALL)
+    assert len(departures) + num_read == 12 and {one.was_running for one in departures} == {True, False}, f"{departures}"
+    assert any(one.held_before for one in departures), "nobody who left had blocks"
+    assert num_missing == 0 and not any(one.held_after or one.num_steps for one in departures), f"{departures}"
+
+
+def test_a_slow_reader_is_handed_everything_at_once():
+    """A reader that looks in after every 4 steps knows 4 tokens more each time."""
+    assert read_every(BenchRequest([300, 301, 302], 10), 4, **SMALL) == [4, 8, 10]
+
+
+def test_launches_are_counted_and_views_are_not():
+    """Three operations that write count, a transposed view does not; every layer has as many as the next."""
+    x = torch.ones(2, 3)
+    assert dict(launches(lambda: (x + 1).t().mul(2).exp())) == {"add": 1, "mul": 1, "exp": 1}
+    one, two, three = (launches(DecodeStep(layers=layers).plain).total() for layers in (1, 2, 3))
+    assert three - two == two - one > 20, f"{one}, {two} and {three} operations for one, two and three layers"
+
+
+def test_the_stand_in_replays_what_a_step_computes():
+    """A replayed step gives the tokens and the KV of one that was computed, and asks for nothing while the batch is the same."""
+    plain, replayed = DecodeStep(layers=2), DecodeStep(layers=2)
+    graph = replayed.use_stand_in()
+    for number in range(3):
+        assert plain.run().tolist() == replayed.run().tolist(), f"step {number} gives other tokens"
+    assert torch.equal(plain.kv, replayed.kv) and graph.num_replays == 3, f"{graph.num_replays} replays"
+    assert launches(replayed.run).total() == 0, "the host uploads for the same batch"
+
+
+def test_what_was_recorded_is_found_from_the_lessons_folder(monkeypatch, tmp_path):
+    """A notebook runs in lessons/ and finds the ledger; outside of a clone the error says where to stand."""
+    monkeypatch.chdir(ROOT / "lessons")
+    assert recorded("h200-0.5b-anatomy.json")["environment"]["device"] == "NVIDIA H200"
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="in a clone"):
+        recorded("h200-0.5b-anatomy.json")

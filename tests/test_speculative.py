@@ -498,7 +498,15 @@ def test_a_run_is_the_longest_matching_prefix_and_one_more(drafts, sampled):
         expected.append(token_id)
         if draft != token_id:
             break
-    assert accepted_run(drafts, sampled) == expected
+    said = accepted_run(drafts, sampled)
+    assert said == expected, f"drafts {drafts}, sampled {sampled}: the run is {said}, and {expected} would be right"
+
+
+def test_one_row_too_few_is_our_mistake_and_says_so():
+    """A verification that does not sample behind the last draft is refused with a sentence."""
+    for num_sampled in (2, 4):
+        with pytest.raises(AssertionError, match="draft"):
+            accepted_run([1, 2], [1] * num_sampled)
 
 
 @given(st.lists(st.one_of(st.integers(0, 2), st.sampled_from([256, 65_536, 1 << 40])), max_size=30), st.integers(1, 4),
@@ -512,7 +520,19 @@ def test_look_up_finds_the_first_place_of_the_longest_end(token_ids, one, other,
         if places:
             expected = token_ids[places[0] + length :][:k]
             break
-    assert look_up(token_ids, longest, shortest, k) == expected
+    found = look_up(token_ids, longest, shortest, k)
+    assert found == expected, f"{token_ids}, ends of {shortest} to {longest}, {k} tokens: found {found}, the slow way {expected}"
+
+
+def test_a_draft_is_what_followed_the_last_time():
+    """The longest end counts, of its places the first, and no match begins in the middle of a token."""
+    cases = {"a longer end tells more": ([5, 8, 1, 7, 5, 8, 2, 7, 5, 8], 3, 1, 2, [2, 7]),
+             "the first place has the most behind it": ([4, 4, 4, 4], 1, 1, 3, [4, 4, 4]),
+             "nothing stood there before": ([1, 2, 3], 3, 1, 4, []),
+             "half of a token is no place": ([0, 1, 256, 0, 1, 256, 1 << 40], 2, 1, 2, [])}
+    for name, (token_ids, longest, shortest, k, expected) in cases.items():
+        found = look_up(token_ids, longest, shortest, k)
+        assert found == expected, f"{name}: behind {token_ids} comes {expected}, and {found} was found"
 
 
 def test_what_pays():
@@ -551,9 +571,29 @@ def test_rejection_sampling_gives_the_targets_distribution_at_every_position():
             counts[position][token_id] += 1
     overlap = torch.minimum(p[:2], q).sum(-1)
     for position in range(3):
-        reached = sum(counts[position].values())
-        assert abs(reached / number - overlap[:position].prod().item()) < 0.03, "drafts are kept as often as the two overlap"
-        assert chi_square(counts[position], dict(enumerate(p[position].tolist())), reached) < LIMIT, f"position {position}"
+        reached, share = sum(counts[position].values()), overlap[:position].prod().item()
+        assert abs(reached / number - share) < 0.03, (
+            f"of {number} runs {reached} reach position {position}; the two overlap so that {share * number:.0f} should")
+        off = chi_square(counts[position], dict(enumerate(p[position].tolist())), reached)
+        assert off < LIMIT, f"position {position} has another distribution than the target's: chi-square {off:.0f}, at most {LIMIT}"
+
+
+def test_a_draft_of_the_target_itself_is_always_kept():
+    """Where draft and target are one, every guess stands, and one token of the target comes on top."""
+    p, generator = distributions(5, 4), torch.Generator().manual_seed(0)
+    for _ in range(50):
+        drafts = torch.multinomial(p[:3], 1, generator=generator)[:, 0]
+        run = rejection_sample(p, p[:3], drafts, generator)
+        assert (run[:3], len(run)) == (drafts.tolist(), 4), f"the drafts {drafts.tolist()} became {run}"
+
+
+def test_a_token_that_the_target_never_says_is_never_kept():
+    """A guess of probability 0 is replaced by one that the target has more of than the draft, and ends the run."""
+    p = torch.tensor([[0.0, 0.5, 0.5, 0.0]] * 3, dtype=torch.float64)
+    q, generator = torch.tensor([[0.4, 0.6, 0.0, 0.0]] * 2, dtype=torch.float64), torch.Generator().manual_seed(0)
+    for _ in range(50):
+        run = rejection_sample(p, q, torch.tensor([0, 1]), generator)
+        assert run == [2], f"token 0 was guessed, and only token 2 can come instead: {run}"
 
 
 def test_a_wrong_rejection_sampler_would_be_caught():

@@ -163,6 +163,25 @@ WRONG: dict[str, tuple[tuple[str, str], ...]] = {
          "        new_blocks = self.pool.get_new_blocks(-(-num_tokens // self.block_size) - len(table))\n"
          "        self.pool.touch(new_computed_blocks)\n"),  # T6
     ),
+    "12a-accepted-run": (
+        ("    return list(sampled_token_ids[: num_right + 1])", "    return list(sampled_token_ids[:num_right])"),  # a step of wrong guesses brings nothing
+        ("    num_right = next((index for index, (draft, sampled) in enumerate(pairs) if draft != sampled), len(draft_token_ids))",
+         "    num_right = sum(draft == sampled for draft, sampled in pairs)"),  # right ones behind a wrong one count
+        ("    return list(sampled_token_ids[: num_right + 1])", "    return [*draft_token_ids, sampled_token_ids[-1]][: num_right + 1]"),  # the wrong draft is said
+        ('    assert len(sampled_token_ids) == len(draft_token_ids) + 1, "the model samples behind every draft, and behind the last"\n', ""),
+    ),
+    "12b-prompt-lookup": (
+        ("        while start % width:\n            start = content.find(end, start + 1)\n", ""),  # a match that begins within a token
+        ("        start = content.find(end)\n", "        start = content.rfind(end, 0, len(content) - width)\n"),  # the newest place
+        ("range(min(longest, len(text) - 1), shortest - 1, -1)", "range(shortest, min(longest, len(text) - 1) + 1)"),
+        ("            return list(text[following : following + num_tokens])", "            return list(text[following:])"),
+    ),
+    "12c-rejection-sampling": (
+        ("draw_from((p - q).clamp(min=0), generator)", "draw_from(p, generator)"),  # the classic mistake
+        ("        if chance * q[token_id] >= p[token_id]:", "        if chance >= p[token_id]:"),  # as if the draft had been certain
+        ("        run.append(token_id)\n", "        run.append(token_id)\n        break\n"),
+        ("    return [*run, draw_from(target_probs[-1], generator)]", "    return run or [draw_from(target_probs[-1], generator)]"),
+    ),
     "13a-stop-strings": (
         ("text.find(stop, max(0, len(text) - num_new - len(stop) + 1))", "text.find(stop, max(0, len(text) - num_new))"),
         ("    return min(found)[1:] if found else None", "    return found[0][1:] if found else None"),  # the first of the list
