@@ -79,7 +79,7 @@ class DecodeGraphs:
         self.kv_caches = kv_caches
         self.rows = rows
         self.max_num_seqs = max_num_seqs
-        self.use_graphs = use_graphs
+        self.use_graphs, self.use_compile = use_graphs, use_compile
         self.index = torch.full((max_num_seqs,), rows.padding_row, dtype=torch.int64, device=rows.device)
         self.host_index = np.full(max_num_seqs, rows.padding_row)  # what `index` holds
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
@@ -94,6 +94,8 @@ class DecodeGraphs:
         Returns the seconds that recording took; the others went into compiling.
         """
         pool, seconds = torch.cuda.graph_pool_handle(), 0.0
+        for cache in self.kv_caches:
+            torch._dynamo.mark_static(cache.kv_cache)  # its shape is a constant of every kernel
         for size in reversed(bucket_sizes(self.max_num_seqs)):
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
@@ -131,9 +133,13 @@ class DecodeGraphs:
             # Entries beyond the batch must not keep what a larger one left: they would write into rows of somebody else.
             self.host_index[:count], self.host_index[count:] = rows, self.rows.padding_row
             self.index.copy_(upload(self.host_index, self.rows.device), non_blocking=True)
+        self.launch(size)
+        logits, token_ids = self.results[size]
+        return logits[:count], token_ids[:count]
+
+    def launch(self, size: int) -> None:
+        """Let `results[size]` be those of one more step."""
         if self.use_graphs:
             self.graphs[size].replay()
         else:
             self.results[size] = self.compute(size)
-        logits, token_ids = self.results[size]
-        return logits[:count], token_ids[:count]

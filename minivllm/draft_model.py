@@ -189,6 +189,12 @@ def parsed(config: EngineConfig) -> SpeculativeConfig | None:
     return SpeculativeConfig.parse(config.speculative_config, target_is_embedded=config.model is None)
 
 
+def num_drafts(config: EngineConfig) -> int:
+    """The most guesses that a request gets in a step; 0 if nobody guesses."""
+    asked = parsed(config)
+    return asked.num_speculative_tokens if asked else 0
+
+
 def load_draft(config: EngineConfig, target: Qwen2ForCausalLM, tokenizer: Any | None, dtype: torch.dtype,
                device: torch.device) -> tuple[Qwen2ForCausalLM | None, str]:
     """The draft model, if one was asked for, and the line of the report. Raises `ValidationError` for one that cannot guess for

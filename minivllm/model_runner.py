@@ -28,25 +28,29 @@ from minivllm.async_output import AsyncOutput, PromptLogprobs
 from minivllm.attention import AttentionMetadata, PagedAttention, allocate_kv_cache, slot_mapping, zero_blocks
 from minivllm.compiled_model import CompiledModel
 from minivllm.config import EngineConfig
-from minivllm.cuda_graphs import DecodeGraphs, bucket_of
-from minivllm.flex_attention import FlexMetadata, FlexPagedAttention, cut_into_tiles, decode_metadata, prefill_metadata
+from minivllm.cuda_graphs import DecodeGraphs
+from minivllm.flex_attention import FlexPagedAttention
 from minivllm.input_batch import InputBatch, RowTensors, StepInputs, upload
 from minivllm.logprobs import WHOLE_VOCABULARY, compute_logprobs, prompt_logprobs
 from minivllm.model import Qwen2ForCausalLM
-from minivllm.prompt_graphs import PromptGraphs, token_buckets
+from minivllm.prompt_graphs import PromptGraphs, padding_inputs, token_buckets, ungraphed_metadata
 from minivllm.sampler import sample
 from minivllm.sampling_metadata import RowParams, SamplingMetadata, encode_bad_words
 from minivllm.scheduler_output import Rewind, SchedulerOutput
 from minivllm.split_linear import MOST_TOKENS
 from minivllm.standing_attention import StandingAttention
+from minivllm.verify_graphs import AcceptedRuns, VerifyGraphs
 
 ATTENTION = {"paged_gather": PagedAttention, "standing": StandingAttention, "flex_attention": FlexPagedAttention}
 
 
 class ModelRunner:
-    """Runs the model on one block table. A second one on the same table is how a draft model will join (lesson 12)."""
+    """Runs the model on one block table, and verifies up to `num_drafts` guesses a request. A second one on the same table is a
+    draft model (lesson 12).
+    """
 
-    def __init__(self, model: Qwen2ForCausalLM, config: EngineConfig, device: torch.device, tokenizer: Any | None = None) -> None:
+    def __init__(self, model: Qwen2ForCausalLM, config: EngineConfig, device: torch.device, tokenizer: Any | None = None,
+                 num_drafts: int = 0) -> None:
         assert config.num_blocks and config.block_size and config.max_model_len, "a started engine has decided its sizes"
         shape = model.config
         self.model = model
@@ -66,8 +70,10 @@ class ModelRunner:
         self.sampling_key: list[int] = []  # whom `metadata` is about
         self.metadata: SamplingMetadata
         self.forward_model: Callable[..., Tensor] = model  # compiled by `warm_up`, where that is possible
-        self.graphs: DecodeGraphs | None = None  # these two: after `warm_up`, with the compiled attention alone
+        self.graphs: DecodeGraphs | None = None  # these three: after `warm_up`, with the compiled attention alone
         self.prompt_graphs: PromptGraphs | None = None
+        self.verify_graphs: VerifyGraphs | None = None
+        self.num_drafts, self.settled = num_drafts, set[int]()  # settled: the device has counted what these rows won last
 
     @torch.inference_mode()
     def execute_model(self, output: SchedulerOutput) -> AsyncOutput:
@@ -75,13 +81,14 @@ class ModelRunner:
         self.update_rows(output)
         if not output.num_scheduled_tokens:
             return AsyncOutput()  # rows have changed, and nothing is computed
-        inputs = self.batch.prepare(output)  # numpy on the host: no device is asked for anything
+        inputs, drafts = self.batch.prepare(output), output.scheduled_spec_decode_tokens
         if self.graphs is not None and inputs.is_decode and not self.batch.wants_prompt_logprobs:
             return self.run_graph(inputs, self.graphs)
+        if self.verify_graphs is not None and self.verify_graphs.fits(inputs):
+            return self.verify(inputs, drafts, self.verify_graphs)
+        self.write_drafts(drafts)
         hidden = self.forward(inputs)
-        step = self.sample(inputs, hidden, self.prompt_logprobs(inputs, hidden))
-        step.drafts = output.scheduled_spec_decode_tokens  # what is accepted is worked out where the tokens are read
-        return step
+        return self.sample(inputs, hidden, self.prompt_logprobs(inputs, hidden), drafts)
 
     @torch.inference_mode()
     def warm_up(self) -> float:
@@ -92,37 +99,38 @@ class ModelRunner:
         if not self.uses_flex or (self.config.enforce_eager and self.device.type == "cuda"):
             return 0.0
         on_gpu = self.device.type == "cuda"
-        if on_gpu:
-            for cache in self.kv_caches:
-                torch._dynamo.mark_static(cache.kv_cache)  # its shape is a constant of every kernel
-            self.forward_model = CompiledModel(self.model)
+        self.forward_model = CompiledModel(self.model) if on_gpu else self.model
         buckets = token_buckets(self.config.max_num_batched_tokens or 0, sum(weight.numel() for weight in self.model.parameters()))
         self.prompt_graphs = PromptGraphs(self.forward_model, self.kv_caches, self.rows, buckets, use_graphs=on_gpu)
         self.graphs = DecodeGraphs(self.model, self.forward_model, self.kv_caches, self.rows, self.config.max_num_seqs,
                                    use_graphs=on_gpu, use_compile=on_gpu)
+        self.verify_graphs = VerifyGraphs(self.graphs, self.num_drafts) if self.num_drafts else None
         if on_gpu:
-            seconds = self.graphs.capture()
+            seconds = self.graphs.capture() + (self.verify_graphs.capture() if self.verify_graphs else 0.0)
             # Steps beyond the largest graph run uncaptured, and their first one must not be the one that compiles.
-            for num_tokens in (2, MOST_TOKENS + 2):  # what is compiled for few tokens, and for many
-                inputs = self.padding_inputs(num_tokens)
+            for inputs in [padding_inputs(number, self.rows.padding_row) for number in (2, MOST_TOKENS + 2)]:  # few, and many
                 self.forward_ungraphed(inputs, *self.upload(inputs.rows, inputs.seq_lens))
             return seconds + self.prompt_graphs.capture()
         return 0.0
-
-    def padding_inputs(self, num_tokens: int) -> StepInputs:
-        """A decode and prompts of two tokens that belong to nobody: they write into the null block."""
-        query_lens = np.array([1] + [2] * (num_tokens // 2))
-        rows = np.full(len(query_lens), self.rows.padding_row)
-        positions = np.concatenate(([0], np.tile([0, 1], num_tokens // 2)))
-        return StepInputs(rows, query_lens, query_lens, rows.repeat(query_lens), positions, 1, np.zeros(len(rows), dtype=bool),
-                          np.zeros(len(rows), dtype=np.int64))
 
     def run_graph(self, inputs: StepInputs, graphs: DecodeGraphs) -> AsyncOutput:
         """A step in which every request gets its next token. What the graph does not know of sampling is done after it."""
         logits, token_ids = graphs.run(inputs.rows)
         if self.batch.wants_more_than_temperature:
             token_ids = self.sample_by_all_parameters(logits, inputs.rows, graphs.index[: len(inputs.rows)])
-        return self.launched(inputs.rows, logits, token_ids, {})
+        return self.launched(inputs.rows, logits, token_ids, {}, {})
+
+    def verify(self, inputs: StepInputs, drafts: Mapping[str, list[int]], graphs: VerifyGraphs) -> AsyncOutput:
+        """The same where some have guesses to be verified."""
+        requests = [self.batch.request(row) for row in inputs.rows]
+        hidden, runs = graphs.verify(inputs, [drafts.get(request.request_id, ()) for request in requests])
+        if not self.batch.wants_more_than_temperature and all(request.params.logprobs is None for request in requests):
+            self.batch.num_tokens[inputs.rows] += 1 + inputs.num_drafts
+            self.settled = set(inputs.rows.tolist())
+            return AcceptedRuns([request.request_id for request in requests], runs)
+        self.write_drafts(drafts)  # rows hold what was plainly sampled, and count it
+        self.set_positions(inputs.rows, inputs.seq_lens)
+        return self.sample(inputs, graphs.in_order(hidden, inputs), {}, drafts)
 
     def update_rows(self, output: SchedulerOutput) -> None:
         """Apply the differences since the last step, and zero the blocks that are new.
@@ -148,7 +156,10 @@ class ModelRunner:
             hits = [new.num_computed_tokens // self.block_size for new in output.new_requests] + [0] * len(output.new_block_ids)
             new_blocks = np.array([block for table, num_hits in zip(tables, hits) for block in table[num_hits:]], dtype=np.int64)
             zero_blocks(self.kv_cache, upload(new_blocks, self.device), self.block_size)
-        if drafts := output.scheduled_spec_decode_tokens:  # guesses stand in the row like tokens, until `rewind`
+
+    def write_drafts(self, drafts: Mapping[str, list[int]]) -> None:
+        """Put guesses into their rows, behind the known tokens: they stand there like tokens, until `rewind`."""
+        if drafts:
             rows = [self.batch.row_of[request_id] for request_id in drafts]
             self.rows.write_tokens(rows, self.batch.num_tokens[rows].tolist(), list(drafts.values()))
 
@@ -159,14 +170,20 @@ class ModelRunner:
             rows, starts = list(known), [rewind.num_computed_tokens for rewind in known.values()]
             token_ids = [rewind.token_ids for rewind in known.values()]
             self.batch.rewind(rows, starts, [start + len(tokens) for start, tokens in zip(starts, token_ids)], self.block_size)
-            self.rows.write_tokens(rows, starts, token_ids)
-            row_ids, positions = self.upload(np.array(rows), np.array(starts))
-            self.rows.positions[row_ids] = positions.int()
+            if not self.settled.issuperset(rows):
+                self.rows.write_tokens(rows, starts, token_ids)
+                self.set_positions(np.array(rows), np.array(starts))
+        self.settled = set()
+
+    def set_positions(self, rows: np.ndarray, positions: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Say which position each row computes next; returns both arrays on the device."""
+        index, known = self.upload(rows, positions)
+        self.rows.positions[index] = known.int()
+        return index, known
 
     def forward(self, inputs: StepInputs) -> Tensor:
         """One pass over T tokens of B requests; returns hidden states (T, E)."""
-        rows, seq_lens = self.upload(inputs.rows, inputs.seq_lens)
-        self.rows.positions[rows] = seq_lens.int()  # where the next token of each will stand
+        rows, seq_lens = self.set_positions(inputs.rows, inputs.seq_lens)
         if self.prompt_graphs is not None and self.prompt_graphs.fits(inputs):
             return self.prompt_graphs.run(inputs)
         return self.forward_ungraphed(inputs, rows, seq_lens)
@@ -176,7 +193,8 @@ class ModelRunner:
         token_rows, positions = self.upload(inputs.token_rows, inputs.positions)
         input_ids = self.rows.token_ids[token_rows, positions]  # (T,)
         slots = slot_mapping(self.rows.block_table, token_rows, positions, self.block_size)  # (T,)
-        metadata = self.flex_metadata(inputs, slots) if self.uses_flex else self.paged_metadata(inputs, rows, seq_lens, slots)
+        metadata = (self.paged_metadata(inputs, rows, seq_lens, slots) if not self.uses_flex else
+                    ungraphed_metadata(inputs, slots, self.rows, self.kv_caches[0], self.model.config, self.config.max_num_seqs))
         return self.forward_model(input_ids, positions, self.kv_caches, metadata)
 
     def paged_metadata(self, inputs: StepInputs, rows: Tensor, seq_lens: Tensor, slots: Tensor) -> AttentionMetadata:
@@ -187,29 +205,13 @@ class ModelRunner:
                                  inputs.query_lens.tolist(), inputs.seq_lens.tolist(),
                                  [self.batch.request(row).admission for row in inputs.rows])
 
-    def flex_metadata(self, inputs: StepInputs, slots: Tensor) -> FlexMetadata:
-        """What the compiled attention has to know of a step: decodes padded to a bucket, prompts cut into tiles."""
-        count, shape, decode, prefill = inputs.num_decodes, self.model.config, None, None
-        if count:
-            # Padded to a bucket here as well: one compiled kernel for each bucket, and not for each number of decodes.
-            padded = np.zeros((2, bucket_of(count, self.config.max_num_seqs)), dtype=np.int64)
-            padded[0], padded[0, :count], padded[1, :count] = self.rows.padding_row, inputs.rows[:count], inputs.positions[:count]
-            rows, positions = upload(padded, self.device)
-            group = shape.num_attention_heads // shape.num_key_value_heads
-            decode = decode_metadata(positions.int(), self.rows.block_table[rows], self.block_size, self.kv_cache.shape[3], group)
-        if count < len(inputs.rows):
-            tiles = cut_into_tiles(inputs.rows[count:], inputs.query_lens[count:], inputs.seq_lens[count:])
-            arrays, token_rows = upload(tiles.arrays, self.device), upload(tiles.token_rows, self.device)
-            prefill = prefill_metadata(arrays, token_rows, self.rows.block_table, self.rows.block_index, self.block_size)
-        return FlexMetadata(slots, decode, prefill, count)
-
-    def sample(self, inputs: StepInputs, hidden: Tensor, prompt_logprobs: PromptLogprobs) -> AsyncOutput:
+    def sample(self, inputs: StepInputs, hidden: Tensor, prompts: PromptLogprobs, drafts: Mapping[str, list[int]]) -> AsyncOutput:
         """One token for every request that this step has brought to its newest one, and one behind each of its drafts; other
         requests are still in their prompt.
         """
         rows, num_sampled = inputs.rows[inputs.samples], 1 + inputs.num_drafts[inputs.samples]
         if len(rows) == 0:
-            return AsyncOutput(prompt_logprobs=prompt_logprobs)
+            return AsyncOutput(prompt_logprobs=prompts)
         # How far each sampled token is from its request's last: 0, or 2, 1, 0 behind two drafts.
         back = np.repeat(np.cumsum(num_sampled), num_sampled) - np.arange(num_sampled.sum()) - 1  # (R,)
         last = np.repeat(np.cumsum(inputs.query_lens)[inputs.samples] - 1, num_sampled) - back  # in the flat batch
@@ -218,9 +220,9 @@ class ModelRunner:
         logits = self.model.compute_logits(hidden[last])  # (R, V)
         # The plain sampler is compiled, and good for one token a row: behind drafts a row has several, each at a place of its own.
         if self.graphs is not None and not self.batch.wants_more_than_temperature and not back.any():
-            return self.launched(rows, logits, self.graphs.sample(logits, index), prompt_logprobs)
+            return self.launched(rows, logits, self.graphs.sample(logits, index), prompts, drafts)
         offsets = np.repeat(num_sampled, num_sampled) - 1 - back
-        return self.launched(rows, logits, self.sample_by_all_parameters(logits, rows, index, offsets, behind), prompt_logprobs)
+        return self.launched(rows, logits, self.sample_by_all_parameters(logits, rows, index, offsets, behind), prompts, drafts)
 
     def sample_by_all_parameters(self, logits: Tensor, rows: np.ndarray, index: Tensor, offsets: np.ndarray | int = 0,
                                  back: Tensor | int = 0) -> Tensor:
@@ -233,11 +235,12 @@ class ModelRunner:
         self.rows.token_ids[index, metadata.positions] = token_ids.int()
         return token_ids
 
-    def launched(self, rows: np.ndarray, logits: Tensor, token_ids: Tensor, prompt_logprobs: PromptLogprobs) -> AsyncOutput:
+    def launched(self, rows: np.ndarray, logits: Tensor, token_ids: Tensor, prompts: PromptLogprobs,
+                 drafts: Mapping[str, list[int]]) -> AsyncOutput:
         """Count each row's sampled token (R,), and send it on its way to the host."""
         np.add.at(self.batch.num_tokens, rows, 1)  # `+=` would count a row that comes twice once
         requests = [self.batch.request(row) for row in rows]  # looked up now: rows may belong to others when the tokens arrive
-        step = AsyncOutput([request.request_id for request in requests], token_ids, prompt_logprobs)
+        step = AsyncOutput([request.request_id for request in requests], token_ids, prompts, drafts)
         asked = {index: request.params.logprobs for index, request in enumerate(requests) if request.params.logprobs is not None}
         if asked:
             (chosen,) = self.upload(np.array(list(asked)))
@@ -289,7 +292,6 @@ class ModelRunner:
         """Let go of weights and KV, and hand cached GPU memory back to the device. A step that nobody waits for may still run."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # or a kernel would go on in memory that belongs to somebody else
-        del self.model, self.forward_model, self.kv_cache, self.kv_caches, self.rows, self.graphs, self.prompt_graphs
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        vars(self).clear()  # weights, KV, rows and graphs: nobody asks a closed runner for anything
+        torch.cuda.empty_cache()  # without CUDA it does nothing
 

@@ -102,21 +102,36 @@ def graph_output_bytes(max_num_seqs: int, prompt_buckets: list[int], vocab_size:
     return (sum(bucket_sizes(max_num_seqs)) * vocab_size + sum(prompt_buckets) * hidden_size) * itemsize
 
 
-def measure_memory(model: Qwen2ForCausalLM, config: EngineConfig, backend: str, max_model_len: int, budget: int,
-                   device: torch.device) -> MemorySum:
-    """The sum of a GPU that holds the weights and nothing else of this engine. A profile run: one step of the largest size.
-
-    Decodes and prompts have a pool of graph memory each, where buckets share their activations: each pool takes its largest
-    bucket's, beside all results. The rows of requests (`RowTensors`: 4 bytes a token) count as activations.
+def graph_bytes(model: Qwen2ForCausalLM, num_seqs: int, num_drafts: int, budget: int, max_model_len: int,
+                device: torch.device) -> int:
+    """What the graphs of one model keep: decodes, prompts and verifications have a pool of graph memory each, where buckets share
+    their activations. Each pool takes its largest bucket's, beside all results.
     """
     shape, parameters = model.config, list(model.parameters())
-    num_seqs, graphs = config.max_num_seqs, 0
-    step = peak_bytes(model, budget, num_seqs, max_model_len, device) + 4 * (num_seqs + 1) * max_model_len
+    itemsize, buckets = parameters[0].itemsize, token_buckets(budget, sum(parameter.numel() for parameter in parameters))
+    total = graph_output_bytes(num_seqs, buckets, shape.vocab_size, shape.hidden_size, itemsize)
+    pools = [num_seqs, *buckets[-1:]]
+    if num_drafts:  # hidden states stay, and logits are gone when the next bucket is computed
+        num_queries = num_seqs * (1 + num_drafts)
+        total += sum(bucket_sizes(num_seqs)) * (1 + num_drafts) * shape.hidden_size * itemsize
+        total += num_queries * shape.vocab_size * itemsize
+        pools.append(num_queries)
+    return total + sum(peak_bytes(model, size, 0, max_model_len, device) for size in pools)
+
+
+def measure_memory(model: Qwen2ForCausalLM, config: EngineConfig, backend: str, max_model_len: int, budget: int,
+                   device: torch.device, draft: Qwen2ForCausalLM | None = None, num_drafts: int = 0) -> MemorySum:
+    """The sum of a GPU that holds the weights and nothing else of this engine. A profile run: one step of the largest size, in
+    which every request samples behind `num_drafts` guesses too, and one of the draft model.
+
+    The rows of requests (`RowTensors`: 4 bytes a token) count as activations.
+    """
+    models, num_seqs, graphs = [(model, num_drafts), *([(draft, 0)] if draft else [])], config.max_num_seqs, 0
+    step = max(peak_bytes(one, budget, num_seqs * (1 + guesses), max_model_len, device) for one, guesses in models)
+    step += len(models) * 4 * (num_seqs + 1) * max_model_len
     if backend == "flex_attention" and not config.enforce_eager:
-        buckets = token_buckets(budget, sum(parameter.numel() for parameter in parameters))
-        graphs = graph_output_bytes(num_seqs, buckets, shape.vocab_size, shape.hidden_size, parameters[0].itemsize)
-        graphs += sum(peak_bytes(model, size, 0, max_model_len, device) for size in (num_seqs, *buckets[-1:]))
-    weights = sum(parameter.numel() * parameter.itemsize for parameter in parameters)
+        graphs = sum(graph_bytes(one, num_seqs, guesses, budget, max_model_len, device) for one, guesses in models)
+    weights = sum(parameter.numel() * parameter.itemsize for one, _ in models for parameter in one.parameters())
     free, total = torch.cuda.mem_get_info(device)
     usable = int(config.gpu_memory_utilization * total)
     return MemorySum(total, usable, weights, total - free - weights, step, graphs)

@@ -7,6 +7,8 @@ step runs without a graph.
 
     300 tokens of 2 requests -> bucket 384:   84 padded tokens and all unused tiles live in the null block
 
+Also owns what attention is told where there is no graph.
+
 vLLM captures mixed steps piecewise, attention left out; here it is inside, because its kernel is compiled for any shape.
 """
 
@@ -20,7 +22,9 @@ import torch
 from torch import Tensor
 
 from minivllm.attention import PagedAttention, slot_mapping
-from minivllm.flex_attention import QUERY_TILE, FlexMetadata, cut_into_tiles, prefill_metadata
+from minivllm.config import ModelConfig
+from minivllm.cuda_graphs import bucket_of
+from minivllm.flex_attention import QUERY_TILE, FlexMetadata, cut_into_tiles, decode_metadata, prefill_metadata
 from minivllm.input_batch import RowTensors, StepInputs, upload
 
 TOKEN_BUCKETS = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
@@ -105,3 +109,34 @@ class PromptGraphs:
         else:
             self.results[size] = self.compute(size)
         return self.results[size][:count]
+
+
+# Without a graph
+
+
+def ungraphed_metadata(inputs: StepInputs, slots: Tensor, rows: RowTensors, cache: PagedAttention, shape: ModelConfig,
+                       max_num_seqs: int) -> FlexMetadata:
+    """What the compiled attention has to know of a step of any shape, slots (T,): decodes padded to a bucket, prompts cut into
+    tiles.
+    """
+    count, decode, prefill, group = inputs.num_decodes, None, None, shape.num_attention_heads // shape.num_key_value_heads
+    if count:
+        # Padded to a bucket here as well: one compiled kernel for each bucket, and not for each number of decodes.
+        padded = np.zeros((2, bucket_of(count, max_num_seqs)), dtype=np.int64)
+        padded[0], padded[0, :count], padded[1, :count] = rows.padding_row, inputs.rows[:count], inputs.positions[:count]
+        index, positions = upload(padded, rows.device)
+        decode = decode_metadata(positions.int(), rows.block_table[index], cache.block_size, cache.key_cache.shape[1], group)
+    if count < len(inputs.rows):
+        tiles = cut_into_tiles(inputs.rows[count:], inputs.query_lens[count:], inputs.seq_lens[count:])
+        arrays, token_rows = upload(tiles.arrays, rows.device), upload(tiles.token_rows, rows.device)
+        prefill = prefill_metadata(arrays, token_rows, rows.block_table, rows.block_index, cache.block_size)
+    return FlexMetadata(slots, decode, prefill, count)
+
+
+def padding_inputs(num_tokens: int, padding_row: int) -> StepInputs:
+    """A decode and prompts of two tokens that belong to nobody: they write into the null block."""
+    query_lens = np.array([1] + [2] * (num_tokens // 2))
+    rows = np.full(len(query_lens), padding_row)
+    positions = np.concatenate(([0], np.tile([0, 1], num_tokens // 2)))
+    return StepInputs(rows, query_lens, query_lens, rows.repeat(query_lens), positions, 1, np.zeros(len(rows), dtype=bool),
+                      np.zeros(len(rows), dtype=np.int64))

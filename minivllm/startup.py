@@ -31,7 +31,7 @@ import torch
 
 from minivllm.compile_cache import CompileCache
 from minivllm.config import EngineConfig, ModelConfig
-from minivllm.draft_model import DraftModelProposer, load_draft, make_proposer
+from minivllm.draft_model import DraftModelProposer, load_draft, make_proposer, num_drafts
 from minivllm.exceptions import CheckpointError, NotEnoughMemoryError, ValidationError
 from minivllm.generation_config import GenerationDefaults, read_generation_config
 from minivllm.memory import decide_num_blocks, is_out_of_memory, kv_bytes_per_block, out_of_memory
@@ -102,7 +102,7 @@ def _start(config: EngineConfig, began: dict[str, float]) -> Started:
     began["profile run"] = time.perf_counter()
     config, memory = decide_sizes(config, model_config, dtype, device, model, draft)
     began["KV pool"] = time.perf_counter()
-    runner = ModelRunner(model, config, device, tokenizer)
+    runner = ModelRunner(model, config, device, tokenizer, num_drafts(config))
     proposer = make_proposer(config, draft, device, tokenizer)
     began["compiling"] = time.perf_counter()
     # Kernels that an earlier start has compiled are taken from disk: it must be open before the first one is asked for.
@@ -194,7 +194,9 @@ def decide_sizes(config: EngineConfig, model_config: ModelConfig, dtype: torch.d
     num_blocks, memory = config.num_blocks, None
     if num_blocks is None:
         if on_gpu and model is not None and config.kv_cache_memory_bytes is None:
-            memory = measure_memory(model, config, backend, max_model_len, decide_budget(config, max_model_len, on_gpu), device)
+            # Guesses make a step larger, and a draft model has weights, rows and graphs too: all of it counts before the pool does.
+            memory = measure_memory(model, config, backend, max_model_len, decide_budget(config, max_model_len, on_gpu), device,
+                                    draft, num_drafts(config))
         # One block id stands for a block of each model: the draft has tensors of its own under the same block table.
         block_bytes = sum(kv_bytes_per_block(one, block_size, dtype) for one in (model_config, *([draft.config] if draft else ())))
         num_blocks = decide_num_blocks(config, block_bytes, block_size, max_model_len, memory)

@@ -273,7 +273,7 @@ def test_the_latency_command_runs(folder, tmp_path, capsys):
     ("serve --backend openai-chat --token-ids", "--token-ids: a conversation is text"),
     ("serve --base-url localhost:8000", "--base-url: must be an http or https URL"),
     ("serve --extra-body 3", "--extra-body: must be a JSON object, got 3"),
-    ("serv", "unknown bench 'serv': use throughput, latency, anatomy, serve, scheduler"),
+    ("serv", "unknown bench 'serv': use throughput, latency, anatomy, serve, speculation, scheduler"),
     ("", "the name of a bench is missing"),
 ])
 def test_a_wrong_flag_is_told_in_one_line(capsys, flags, told):

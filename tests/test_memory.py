@@ -128,6 +128,20 @@ def test_graphs_are_reserved_for_only_where_they_are_captured(monkeypatch):
     assert measure_memory(model, eager, "flex_attention", 64, 100, CPU).graphs == 0
 
 
+def test_guesses_and_a_draft_model_have_their_share_of_the_sum(monkeypatch):
+    """With k = 4 a step samples five times a request, verifications have graphs, and the draft its weights, rows and graphs."""
+    model = load_model(model_and_folder()[1], "float32")
+    device = MadeUpDevice(monkeypatch, 0)
+    memory = measure_memory(model, EngineConfig(max_num_seqs=3), "flex_attention", 64, 100, CPU, model, 4)
+    shape, weights = model.config, sum(weight.numel() * 4 for weight in model.parameters())
+    assert memory.weights == 2 * weights and memory.activations == 100_000 + 2 * 4 * 4 * 64
+    of_each = ((1 + 2 + 3) * shape.vocab_size + (32 + 64 + 96) * shape.hidden_size) * 4 + 3_000 + 96_000
+    of_guesses = ((1 + 2 + 3) * 5 * shape.hidden_size + 15 * shape.vocab_size) * 4 + 15_000
+    assert memory.graphs == 2 * of_each + of_guesses, f"{memory.graphs:,} bytes, not {2 * of_each + of_guesses:,}"
+    steps = [call for call in device.calls if call.startswith("step")]
+    assert steps == ["step 100 15", "step 100 3", "step 3 0", "step 96 0", "step 15 0", "step 3 0", "step 96 0"]
+
+
 # ---- The profile run ----
 
 

@@ -25,6 +25,7 @@ from test_engine import VOCAB, greedy, make_llm, model_and_folder, prompts_of, r
 from test_engine_parity import MAX_MODEL_LEN, hf_greedy, make_prompts, oracle
 from test_engine_parity import workloads as parity_workloads
 from tiny_models import random_qwen2
+from transformers import AutoModelForCausalLM
 
 from minivllm import LLM, SamplingParams
 from minivllm.async_output import AsyncOutput
@@ -39,9 +40,10 @@ from minivllm.sampler import draw
 from minivllm.scheduler_output import SchedulerStats
 from minivllm.speculative import DraftRoom, accepted_run, look_up
 from minivllm.speculative_config import SpeculativeConfig, break_even, tokens_per_step
-from minivllm.tiny import smalltalk, stories
+from minivllm.tiny import checkpoint_path, smalltalk, stories
 from minivllm.trace import replay
 
+MODEL = str(checkpoint_path())
 NGRAM = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
 
 
@@ -475,6 +477,34 @@ def test_the_compiled_backend_verifies_among_its_graphs(proposer):
     assert proposer == "itself" or llm.stats.num_accepted_tokens < llm.stats.num_draft_tokens
 
 
+@pytest.mark.usefixtures("flex_on_cpu")
+@pytest.mark.parametrize("backend", ["paged_gather", "flex_attention"])
+def test_when_a_step_begins_every_row_holds_what_is_true_of_its_request(backend):
+    """Tokens, block table and their numbers, in the rows of the model and of its draft, whatever was guessed and taken back."""
+    llm = make_llm(attention_backend=backend, block_size=16 if backend == "flex_attention" else 2, num_blocks=40,
+                   speculative_config={"model": half_right_draft()[1], "num_speculative_tokens": 3})
+    engine, num_compared = llm.engine, Counter()
+
+    def watch(runner, own, name):
+        def update_rows(output):
+            own(output)
+            for request_id in output.num_scheduled_tokens if name == "model" else output.rewound_requests:
+                request, row = engine.scheduler.requests[request_id], runner.batch.row_of[request_id]
+                table, count = engine.kv_cache_manager.get_block_ids(request_id), request.num_tokens
+                assert runner.batch.num_tokens[row] == count, f"{name}: {request!r} has {runner.batch.num_tokens[row]} tokens"
+                assert runner.batch.num_blocks[row] == len(table), f"{name}: {request!r} has {runner.batch.num_blocks[row]} blocks"
+                assert runner.rows.block_table[row, : len(table)].tolist() == table, f"{name}: {request!r} has another table"
+                assert runner.rows.token_ids[row, :count].tolist() == [*request.all_token_ids], f"{name}: {request!r}, other tokens"
+                num_compared[name] += 1
+        return update_rows
+
+    for name, runner in (("model", engine.runner), ("draft", engine.proposer.runner)):
+        runner.update_rows = watch(runner, runner.update_rows, name)
+    llm.enqueue(prompts_of(9, 5, 17), greedy(16))
+    run_checked(llm)
+    assert min(num_compared.values()) > 15 and 0 < llm.stats.num_accepted_tokens < llm.stats.num_draft_tokens, f"{num_compared}"
+
+
 def test_a_launched_step_says_the_accepted_run_alone():
     """`ModelOutput` has one dict of logprobs for each token that counts, however many positions were sampled at."""
     logits = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
@@ -645,6 +675,25 @@ def test_the_embedded_draft_brings_two_and_a_half_tokens_a_step():
     print(f"{per_step:.2f} tokens a step; accepted by position {stats.num_accepted_tokens_per_pos} of {stats.num_drafts}")
     assert per_step >= 2.5
     assert tokens_of(outputs) == tokens_of(LLM(**shape).chat(chats, params, use_tqdm=False))
+
+
+@pytest.mark.parametrize(("checkpoint", "asked"), [
+    (MODEL, {"model": DRAFT, "num_speculative_tokens": 4}), (DRAFT, {"model": MODEL, "num_speculative_tokens": 3}), (MODEL, NGRAM)],
+    ids=["model", "draft", "ngram"])
+@pytest.mark.parametrize("knobs", [{"num_blocks": 80}, {"num_blocks": 14, "block_size": 8, "max_num_batched_tokens": 40}])
+def test_greedy_text_of_both_embedded_checkpoints_equals_hugging_face(checkpoint, asked, knobs):
+    """Model and draft, each guessed for by the other or by looking up, in a pool for all and in one that preempts: its tokens."""
+    texts = ["Once upon a time there was a", "A block is a block is a", "user: copy red blue red blue red\n", "The"]
+    llm = LLM(checkpoint, device="cpu", dtype="float32", max_model_len=96, speculative_config=asked, **knobs)
+    prompts = [llm.engine.tokenizer.encode(text) for text in texts]
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    expected = [hf_greedy(model, prompt, 40) for prompt in prompts]
+    llm.enqueue(prompts, greedy(40))
+    done = run_checked(llm)
+    for index, text in enumerate(texts):
+        assert done[str(index)].outputs[0].token_ids == expected[index], f"what follows {text!r} is not Hugging Face's"
+    assert llm.stats.num_accepted_tokens > 20, f"{llm.stats.num_accepted_tokens} guesses of {llm.stats.num_draft_tokens} are right"
+    assert knobs["num_blocks"] > 14 or llm.stats.num_preemptions > 0, "the pool should be too small"
 
 
 # What is asked for and what is told -------------------------------------------------------------------------------------------

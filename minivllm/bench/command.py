@@ -14,6 +14,7 @@ BENCHES = {
     "latency": "seconds for one batch from start to end",
     "anatomy": "where the milliseconds of a step go on a GPU",
     "serve": "what clients of an OpenAI server see: TTFT, TPOT, ITL, goodput",
+    "speculation": "what guessing ahead brings at a known acceptance, and where it loses",
     "scheduler": "microseconds of scheduling a step, however many requests wait",
 }
 
