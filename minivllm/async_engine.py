@@ -40,10 +40,12 @@ class RequestStream:
     """The outputs of one request, for `async for`. Cumulative, so a slow reader is handed the newest and misses nothing.
 
     Who stops reading early calls `close()`, and that aborts the request. Belongs to the event loop that made it.
+    `takes(output)` may deal with an output as it arrives, and says whether it has: then no task is woken for it.
     """
 
     def __init__(self, request_id: str, abort: Callable[[str], None]) -> None:
         self.request_id = request_id
+        self.takes: Callable[[RequestOutput], bool] = lambda output: False
         self._abort = abort
         self._arrived = asyncio.Event()
         self._latest: RequestOutput | None = None  # one output at most: a slow reader costs no memory
@@ -54,6 +56,8 @@ class RequestStream:
         """Hand over an output or the error that ends the stream (on the event loop)."""
         if isinstance(item, BaseException):
             self._error = item
+        elif self._latest is None and self.takes(item):
+            return
         else:
             self._latest = item
         self._arrived.set()
@@ -183,8 +187,7 @@ class AsyncEngine:
 
     def _deliver(self, outputs: list[RequestOutput]) -> None:
         for output in outputs:
-            stream = self._streams.get(output.request_id)  # None: the reader left while the output was on its way
-            if stream is not None:
+            if stream := self._streams.get(output.request_id):  # None: the reader left while the output was on its way
                 stream.put(output)
                 if output.finished:
                     del self._streams[output.request_id]
@@ -216,8 +219,8 @@ class AsyncEngine:
             while not self._is_closing:
                 self._run_commands(wait=not self._may_step())  # an idle engine sleeps here
                 if self._may_step():
-                    self._step()
-                elif self._single_steps:
+                    self._make_step()
+                if self._single_steps:
                     self._single_steps.popleft().set_result(None)
         except BaseException as error:
             logger.exception("the engine has failed; all its requests end with an error")
@@ -264,11 +267,6 @@ class AsyncEngine:
             outputs = self.engine.recover(error)  # raises where nobody can be blamed: then the thread ends
             logger.exception("a step has failed: %d requests end with an error, the others go on", len(outputs))
         self._hand_over(outputs)
-
-    def _step(self) -> None:
-        self._make_step()
-        if self._single_steps:
-            self._single_steps.popleft().set_result(None)
 
     def _hand_over(self, outputs: list[RequestOutput]) -> None:
         """One wake-up of the event loop, however many requests moved."""

@@ -97,7 +97,7 @@ def _start(config: EngineConfig, began: dict[str, float]) -> Started:
     num_bytes = sum(weight.numel() * weight.itemsize for weight in model.parameters())
     draft, speculation = load_draft(config, model, tokenizer, dtype, device)
     # Counted before: packing moves the weights into the layout of oneDNN, and they are parameters no more.
-    told = {"threads": set_num_threads(device), "speculation": speculation,
+    told = {"threads": set_num_threads(device, num_bytes), "speculation": speculation,
             "weights": f"{num_bytes:,} bytes, {pack_linears(model, device, config.max_num_seqs)}"}
     began["profile run"] = time.perf_counter()
     config, memory = decide_sizes(config, model_config, dtype, device, model, draft)

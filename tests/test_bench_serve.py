@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
@@ -45,6 +47,64 @@ def test_every_request_is_answered_and_counted(server, tmp_path, capsys, flags):
         assert ttft > 0 and latency == pytest.approx(ttft + sum(itl)), "TTFT and ITLs add up to the latency"
     assert page.startswith(f"{' Serving Benchmark Result ':=^50}\n") and page.rstrip().endswith("=" * 50)
     assert result["model_id"] == "minivllm-tiny", "the model is the one that the server names"
+
+
+class AnotherServer(BaseHTTPRequestHandler):
+    """OpenAI's API and nothing more: no /metrics, no max_model_len, a usage chunk with an answer's last token, comments."""
+
+    def log_message(self, *args: object) -> None:
+        """Says nothing."""
+
+    def do_GET(self) -> None:
+        self.answer(200 if self.path == "/v1/models" else 404, {"object": "list", "data": [{"id": "other", "object": "model"}]})
+
+    def do_POST(self) -> None:
+        asked = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        unknown = asked.keys() - {"model", "prompt", "messages", "max_tokens", "max_completion_tokens", "stream", "stream_options",
+                                  "temperature", "logprobs", "ignore_eos", "repetition_penalty"}
+        if unknown or self.path not in ("/v1/completions", "/v1/chat/completions"):
+            return self.answer(400, {"error": {"message": f"unknown: {unknown}"}})
+        self.send_response(200)
+        self.send_header("content-type", "text/event-stream")
+        self.end_headers()
+        is_chat = "messages" in asked
+        num_tokens = asked["max_completion_tokens" if is_chat else "max_tokens"]
+        if is_chat:
+            self.event({"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]})
+        self.wfile.write(b": ping\n\n")
+        for number in range(num_tokens):
+            text = {"delta": {"content": "a\u2028"}} if is_chat else {"text": "a\u2028"}
+            self.event({"choices": [{"index": 0, **text, "finish_reason": "length" if number == num_tokens - 1 else None}]})
+        usage = {"prompt_tokens": 12, "completion_tokens": num_tokens, "total_tokens": 12 + num_tokens}
+        self.event({"choices": [], "usage": usage})
+        self.wfile.write(b"data: [DONE]\n\n")
+        return None
+
+    def event(self, chunk: dict) -> None:
+        self.wfile.write(b"data: " + json.dumps({"id": "x", "model": "other", **chunk}, ensure_ascii=False).encode() + b"\n\n")
+
+    def answer(self, status: int, body: dict) -> None:
+        content = json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("content-type", "application/json")
+        self.send_header("content-length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+
+@pytest.mark.parametrize("flags", [[], ["--backend", "openai-chat"]], ids=["completions", "chat"])
+def test_another_openai_server_can_be_measured_too(tmp_path, capsys, flags):
+    """What the bench sends and reads is OpenAI's and vLLM's common part, and nothing of ours."""
+    other = ThreadingHTTPServer(("127.0.0.1", 0), AnotherServer)
+    other.url = f"http://127.0.0.1:{other.server_port}"
+    threading.Thread(target=other.serve_forever, daemon=True).start()
+    try:
+        result = bench(other, tmp_path, *flags)
+    finally:
+        other.shutdown()
+        other.server_close()
+    assert (result["completed"], result["total_output_tokens"]) == (4, 24), f"{result['errors']}"
+    assert result["model_id"] == "other" and [len(itl) for itl in result["itls"]] == [5] * 4
 
 
 def test_the_same_run_id_repeats_the_prompts(server, tmp_path):

@@ -168,10 +168,13 @@ def test_a_containers_share_of_the_processor_is_read(tmp_path, files, quota):
     assert threads.cpu_quota(tmp_path) == quota
 
 
-@pytest.mark.parametrize(("quota", "variable", "expected"), [
-    (1.5, None, 2), (None, None, 8), (16.0, None, 8), (1.5, "OMP_NUM_THREADS", 8)])
-def test_threads_are_lowered_to_the_quota_unless_somebody_has_said_how_many(monkeypatch, quota, variable, expected):
-    """Eight threads become two where the container may use one and a half cores; never more, and never against the user."""
+@pytest.mark.parametrize(("mib", "quota", "variable", "expected"), [
+    (100, 1.5, None, 2), (100, None, None, 8), (100, 16.0, None, 8), (100, 1.5, "OMP_NUM_THREADS", 8),
+    (20, None, None, 1), (20, 1.5, None, 1), (20, None, "OMP_NUM_THREADS", 8)])
+def test_threads_are_lowered_unless_somebody_has_said_how_many(monkeypatch, mib, quota, variable, expected):
+    """Eight threads become two where the container may use one and a half cores, and one for a model of 20 MiB; never more, and
+    never against the user.
+    """
     now = [8]
     for name in threads.VARIABLES:
         monkeypatch.delenv(name, raising=False)
@@ -180,9 +183,9 @@ def test_threads_are_lowered_to_the_quota_unless_somebody_has_said_how_many(monk
     monkeypatch.setattr(threads, "cpu_quota", lambda: quota)
     monkeypatch.setattr(torch, "get_num_threads", lambda: now[0])
     monkeypatch.setattr(torch, "set_num_threads", lambda number: now.__setitem__(0, number))
-    told = threads.set_num_threads(CPU)
+    told = threads.set_num_threads(CPU, mib * 2**20)
     assert now[0] == expected
-    assert told.startswith(str(expected)) and ("1.5 cores" in told) == (expected == 2)
+    assert told.startswith(str(expected)) and ("1.5 cores" in told, "so small a model" in told) == (expected == 2, expected == 1)
     now[0] = 8
-    threads.set_num_threads(torch.device("cuda"))
+    threads.set_num_threads(torch.device("cuda"), mib * 2**20)
     assert now[0] == 8, "on a GPU the processor's threads are nobody's business"

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
+import socket
+import threading
 
 import pytest
 
@@ -228,6 +231,72 @@ def test_the_key_is_asked_for(server, browser):
     page.wait_for_selector("[data-status=live]")
     wait_for_text(page, "#model", "minivllm-tiny")
     context.close()
+
+
+class Proxy:
+    """A reverse proxy that shows a server under /llm and takes that off: one request a connection, bytes as they come."""
+
+    def __init__(self, url: str) -> None:
+        self.upstream = ("127.0.0.1", int(url.rpartition(":")[2]))
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}/llm"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):  # closed: the end
+            while True:
+                threading.Thread(target=self._serve, args=(self.listener.accept()[0],), daemon=True).start()
+
+    def _serve(self, client: socket.socket) -> None:
+        head = b""
+        with client, socket.create_connection(self.upstream) as server, contextlib.suppress(OSError):
+            while b"\r\n\r\n" not in head and (piece := client.recv(65536)):
+                head += piece
+            method, path, rest = head.split(b" ", 2)
+            path = path.removeprefix(b"/llm") or b"/"
+            server.sendall(b" ".join((method, path, rest.replace(b"Connection: keep-alive", b"Connection: close"))))
+            threading.Thread(target=self._pump, args=(client, server), daemon=True).start()
+            self._pump(server, client)
+
+    @staticmethod
+    def _pump(source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while piece := source.recv(65536):
+                target.sendall(piece)
+            target.shutdown(socket.SHUT_RDWR)
+
+    def __enter__(self) -> Proxy:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.listener.close()
+
+
+@pytest.mark.parametrize("slash", ["", "/"], ids=["without a slash", "with a slash"])
+def test_the_page_works_under_a_proxys_path_and_a_key(browser, slash):
+    """--root-path /llm, at /llm and at /llm/: the page loads, asks for the key, answers, and shows the engine."""
+    flags = ("--root-path", "/llm", "--step-control", "--api-key", KEY, "--num-blocks", 48, "--async-scheduling")
+    with ServeProcess(*flags) as server, Proxy(server.url) as proxy:
+        context = browser.new_context()
+        context.set_default_timeout(WAIT_MS)
+        page, asked = context.new_page(), set()
+        page.on("request", lambda request: asked.add(request.url))
+        page.goto(proxy.url + slash)
+        page.fill("#key", KEY)
+        page.press("#key", "Enter")
+        page.wait_for_selector("[data-status=live]")
+        wait_for_text(page, "#model", "minivllm-tiny")
+        wait_for_text(page, "#status", "Live, slower while watched")  # it plans a step ahead, see the last flag
+        page.fill("#question", "What is a block?")
+        page.press("#question", "Enter")
+        wait_for_text(page, ".message.assistant .note", "the first after")
+        wait_for_text(page, ".decisions", "ends (")
+        page.click("#pause")
+        page.wait_for_selector("[data-status=paused]")
+        page.click("#resume")
+        page.wait_for_selector("[data-status=live]")
+        context.close()
+    assert all(url.startswith(proxy.url) for url in asked), asked
 
 
 def test_who_has_no_key_is_asked_once(server, browser):

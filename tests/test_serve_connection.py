@@ -146,6 +146,26 @@ def test_a_proxy_may_show_the_server_under_a_path():
         assert httpx.get(server.url + "/openapi.json", headers=key).json()["servers"] == [{"url": "/llm"}]
 
 
+@pytest.mark.parametrize("path", ["/health", "/llm/health", "/", "/llm", "/llm/", "/llm/static/main.js"])
+def test_a_proxy_may_leave_its_path_on(path):
+    """Taken off or not, a path means the same, and what is open without a key stays open."""
+    with ServeThread("--root-path", "/llm", "--api-key", "k") as server:
+        assert httpx.get(server.url + path).status_code == 200
+        assert httpx.get(server.url + "/llm/v1/models").status_code == 401
+        assert httpx.get(server.url + "/llmv1/models", headers={"authorization": "Bearer k"}).status_code == 404
+
+
+def test_the_page_knows_where_a_proxy_shows_it():
+    """Its addresses are relative to the public path, whether the browser's own ends in a slash or not."""
+    with ServeThread("--root-path", '/a"b') as server:
+        first = httpx.get(server.url + "/")
+        assert '<base href="/a&quot;b/">' in first.text, first.text[:300]
+        again = httpx.get(server.url + "/", headers={"if-none-match": first.headers["etag"]})
+        assert again.status_code == 304, "the page as it is sent has its own tag"
+    with ServeThread() as server:
+        assert "<base" not in httpx.get(server.url + "/").text
+
+
 def test_no_other_page_may_use_the_server():
     """No CORS by default: an answer to another origin carries no header that lets a browser show it."""
     with ServeThread() as server:

@@ -22,6 +22,7 @@ from minivllm.serve.server import _raise_file_limit
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 JSON = {"content-type": "application/json"}
 SHORT = {"prompt": [1, 2, 3], "max_tokens": 4, "ignore_eos": True, "temperature": 1, "seed": 5}
+HI = [{"role": "user", "content": "Hi"}]
 
 
 def error_of(response, status):
@@ -364,3 +365,14 @@ def test_the_server_raises_its_own_limit_of_open_files(monkeypatch, limits, want
 
     monkeypatch.setattr(resource, "setrlimit", refuse)
     _raise_file_limit()
+
+
+def test_a_limit_of_the_engine_speaks_of_chats_own_field(folder):
+    """More logprobs than the engine gives: completions call the field `logprobs`, and chats `top_logprobs`."""
+    async def story(client, engine):
+        whole = error_of(await client.post(COMPLETIONS, json=SHORT | {"logprobs": 21}), 400)
+        chat = error_of(await client.post(CHAT, json={"messages": HI, "logprobs": True, "top_logprobs": 21}), 400)
+        assert (whole["param"], chat["param"]) == ("logprobs", "top_logprobs")
+        assert chat["message"].startswith("top_logprobs=21 asks for more than the 20 logprobs"), chat["message"]
+
+    serve(folder, story)

@@ -122,7 +122,7 @@ def test_pause_step_and_resume_make_exactly_the_steps_that_were_asked_for(folder
                 return (await client.post(f"/control/{action}", json={})).json()
 
             assert (await press("step"))["error"]["code"] == 409
-            assert await press("pause") == {"allowed": True, "paused": True, "step": 0}
+            assert await press("pause") == {"allowed": True, "paused": True, "step": 0, "slows": False}
             answer = asyncio.ensure_future(client.post("/v1/completions", json=SHORT))
             await until(lambda: engine.engine.scheduler.requests)
             assert [(await press("step"))["step"] for _ in range(3)] == [1, 2, 3]

@@ -107,8 +107,11 @@ async def visitor(url: str, numbers: random.Random, until: float, seen: dict[str
 
 @pytest.fixture(scope="module")
 def small_server():
-    """At most 32 tokens a step: oneDNN keeps some kilobytes for every new size of a step, and here all sizes soon have been."""
-    flags = ["--num-blocks", 200, "--max-num-seqs", 8, "--max-num-batched-tokens", 32]
+    """At most 32 tokens a step: oneDNN keeps some kilobytes for every new size of a step, and here all sizes soon have been.
+
+    A visitor's connection is idle while it reads a stream on another: on a busy machine longer than the five seconds it may be.
+    """
+    flags = ["--num-blocks", 200, "--max-num-seqs", 8, "--max-num-batched-tokens", 32, "--timeout-keep-alive", 120]
     with ServeProcess("--uvicorn-log-level", "error", *flags) as one:
         yield one
 

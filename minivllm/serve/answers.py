@@ -8,11 +8,13 @@ stream is one look per step, by the same code, so the two cannot disagree.
 
 from __future__ import annotations
 
+import functools
 import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from json.encoder import encode_basestring
 from typing import Any, Self
 
 from minivllm.request import CompletionOutput, Logprob, RequestOutput
@@ -21,7 +23,7 @@ from minivllm.serve.errors import ENCODER, ApiError, to_json
 from minivllm.serve.prompts import Prompt
 from minivllm.serve.protocol import GenerationBody
 from minivllm.serve.service import Service, Stream
-from minivllm.serve.streams import Chunk, merge
+from minivllm.serve.streams import Writer, merge
 
 
 @dataclass(slots=True)
@@ -116,6 +118,9 @@ class Answer:
         self.progress = [Progress() for _ in range(len(prompts) * self.n)]
         # id, created and model stay the same through one stream
         self.identity = {"id": response_id, "created": int(time.time()), "model": service.model_name}
+        self.head = to_json({**self.identity, "object": self.chunk_name})[:-1] + b',"choices":['
+        self.has_plain_chunks = not self.body.return_token_ids
+        self.is_waiting = False  # `chunks` has nothing left to give, and sleeps
 
     def close(self) -> None:
         """Abort what has not ended."""
@@ -155,23 +160,59 @@ class Answer:
         return {**self.identity, "object": self.object_name, "choices": choices, "service_tier": None,
                 "system_fingerprint": self.service.fingerprint, "usage": self.usage.body(), **self.extras(last[0])}
 
-    async def chunks(self) -> AsyncGenerator[Chunk]:
+    async def chunks(self) -> AsyncGenerator[bytes]:
         """The answer as JSON chunks: one per choice and token, then the usage if it was asked for."""
-        head = to_json({**self.identity, "object": self.chunk_name})[:-1] + b',"choices":['
-        continuous = self.body.includes_continuous_usage
-        has_plain_chunks = not self.body.return_token_ids
         async with aclosing(merge(self.streams)) as outputs:
+            self.is_waiting = True
             async for prompt_index, output in outputs:
-                for index, delta in self._deltas(prompt_index, output):
-                    if has_plain_chunks and delta.is_plain:
-                        choices = [self.plain_choice(index, ENCODER.encode(delta.text)).encode("utf-8", "replace")]
-                    else:
-                        choices = [to_json(choice) for choice in self.chunk_choices(index, output, delta)]
-                    end = b'],"usage":%b}' % to_json(self.usage.body()) if continuous else b"]}"
-                    for choice in choices:
-                        yield head + choice + end
+                self.is_waiting = False
+                for chunk in self._chunks_of(prompt_index, output):
+                    yield chunk
+                self.is_waiting = True
         if self.body.includes_usage:
-            yield head + b'],"usage":%b}' % to_json(self.usage.body())
+            yield self.head + b'],"usage":%b}' % to_json(self.usage.body())
+
+    def push_to(self, writer: Writer) -> None:
+        """From now on a token in the middle of the answer is written as it arrives, and no task is woken for it.
+
+        Only while `chunks` waits for an output and the reader keeps up: otherwise it goes the long way, where a newer one may
+        overtake it. So does everything of answers that are more than text, and of several prompts.
+        """
+        if len(self.streams) == 1 and self.has_plain_chunks and not self.body.includes_continuous_usage:
+            self.streams[0].takes = functools.partial(self._take, writer, [self._frame(index) for index in range(self.n)])
+
+    def _frame(self, index: int) -> tuple[bytes, bytes]:
+        """What stands before and behind the text in a plain event of this choice."""
+        before, after = self.plain_choice(index, "\0").split("\0")
+        return b"data: " + self.head + before.encode(), after.encode() + b"]}\n\n"
+
+    def _take(self, writer: Writer, frames: list[tuple[bytes, bytes]], output: RequestOutput) -> bool:
+        """The same bytes as by `_chunks_of`, for a fifth of its time: this is what the loop does 64 times in a step."""
+        if not (self.is_waiting and writer.is_ready):
+            return False
+        for completion, progress in zip(output.outputs, self.progress):
+            if progress.is_first or completion.finish_reason is not None or completion.logprobs is not None:
+                return False
+        for (before, after), completion, progress in zip(frames, output.outputs, self.progress):
+            num_tokens, text = len(completion.token_ids) - progress.num_tokens, completion.text[progress.num_chars:]
+            if num_tokens or text:
+                progress.num_tokens += num_tokens
+                progress.num_chars += len(text)
+                self.usage.completion_tokens += num_tokens
+                writer.post(before + encode_basestring(text).encode("utf-8", "replace") + after)
+        return True
+
+    def _chunks_of(self, prompt_index: int, output: RequestOutput) -> list[bytes]:
+        """The chunks for what is new in an output."""
+        chunks = []
+        for index, delta in self._deltas(prompt_index, output):
+            if self.has_plain_chunks and delta.is_plain:
+                choices = [self.plain_choice(index, ENCODER.encode(delta.text)).encode("utf-8", "replace")]
+            else:
+                choices = [to_json(choice) for choice in self.chunk_choices(index, output, delta)]
+            end = b'],"usage":%b}' % to_json(self.usage.body()) if self.body.includes_continuous_usage else b"]}"
+            chunks += [self.head + choice + end for choice in choices]
+        return chunks
 
     def _deltas(self, prompt_index: int, output: RequestOutput) -> list[tuple[int, Delta]]:
         """(index in the answer, what is new) for every choice of one prompt that has moved."""

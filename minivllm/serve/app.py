@@ -22,9 +22,10 @@ from minivllm.serve.auth import ApiKeyMiddleware
 from minivllm.serve.chat import ChatAnswer
 from minivllm.serve.completions import CompletionAnswer
 from minivllm.serve.errors import ERROR_RESPONSES, ApiError, install_error_handlers, json_response
+from minivllm.serve.http_metrics import HttpMetricsMiddleware
 from minivllm.serve.limits import BodyLimitMiddleware
 from minivllm.serve.protocol import Body, ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
-from minivllm.serve.sampling import chat_params, completion_params
+from minivllm.serve.sampling import chat_names, chat_params, completion_params
 from minivllm.serve.service import Service
 from minivllm.serve.streams import ClientGoneError, EventStream, race
 from minivllm.version import __version__
@@ -46,8 +47,11 @@ def create_app(service: Service) -> FastAPI:
     app.state.service = service
     install_error_handlers(app)
     app.add_middleware(BodyLimitMiddleware, max_bytes=service.options.max_request_body_bytes)
-    if service.options.api_keys:  # added last, so asked first
+    if service.options.api_keys:  # what is added last is asked first
         app.add_middleware(ApiKeyMiddleware, keys=service.options.api_keys)
+    routers = (router, page.router, live.router, live.control_router)
+    paths = [getattr(route, "path", "") for each in routers for route in each.routes]
+    app.add_middleware(HttpMetricsMiddleware, metrics=service.http_metrics, paths=paths)
     app.include_router(router)
     app.include_router(page.router)
     app.include_router(live.router)
@@ -123,7 +127,8 @@ async def chat_completions(body: ChatBody, request: Request) -> Response:
     async def start() -> Answer:
         prompt = await service.reader.read_chat(body)
         params = chat_params(body, service.defaults, service.max_model_len)
-        return await ChatAnswer.admit(service, body, request.headers.get("x-request-id"), [prompt], params)
+        with chat_names(body):  # the engine has limits of its own
+            return await ChatAnswer.admit(service, body, request.headers.get("x-request-id"), [prompt], params)
 
     return await respond(request, start, stream=bool(body.stream))
 
@@ -144,7 +149,8 @@ async def respond(request: Request, start: Callable[[], Coroutine[Any, Any, Answ
         if not stream:
             return json_response(await race(whole(), request.receive, service.stopping))
         answer = await race(start(), request.receive, service.stopping)
-        return EventStream(answer.chunks(), answer.close, service.stopping)
+        return EventStream(answer.chunks(), answer.close, service.stopping, push_to=answer.push_to,
+                           keep_alive=service.options.sse_keep_alive_interval)
     except ClientGoneError:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
 

@@ -30,7 +30,7 @@ ENVIRONMENT = ("Environment: MINIVLLM_API_KEY, see --api-key; MINIVLLM_CACHE_ROO
 SERVER_NEUTRAL: dict[str, tuple[object, ...]] = {
     "lora_modules": (), "max_loras": (1,), "max_lora_rank": (16,), "override_generation_config": ({},),
     "enable_auto_tool_choice": (), "tool_call_parser": (), "trust_request_chat_template": (), "enable_log_requests": (),
-    "enable_server_load_tracking": (), "enable_prompt_tokens_details": (True,), "sse_keep_alive_interval": (0,),
+    "enable_server_load_tracking": (), "enable_prompt_tokens_details": (True,),
 }
 LOG_LEVELS = ("critical", "error", "warning", "info", "debug", "trace")
 
@@ -117,6 +117,8 @@ def _add_server_flags(group: Any) -> None:
                        help="prompt tokens without a first answer token, at which more are answered 503 (default: no limit)")
     group.add_argument("--max-request-body-bytes", type=int, default=DEFAULT_BODY_BYTES, metavar="BYTES",
                        help="largest body; a larger one is answered 413 (default: %(default)s)")
+    group.add_argument("--sse-keep-alive-interval", type=float, default=0.0, metavar="SECONDS",
+                       help="a comment in streams that are silent for so long, for proxies with little patience (default: off)")
     group.add_argument("--step-control", action="store_true", help="let the live page pause, step and resume the engine")
     group.add_argument("--shutdown-timeout", type=float, default=0.0, metavar="SECONDS",
                        help="how long requests in flight may go on after Ctrl-C or SIGTERM (default: %(default)s)")
@@ -188,8 +190,10 @@ def _to_serve_args(values: dict[str, Any]) -> ServeArgs:
     host, port, timeout = values.pop("host"), values.pop("port"), values.pop("shutdown_timeout")
     if not 0 <= port <= 65535:
         raise ValidationError(f"must be in [0, 65535], got {port}", parameter="port")
-    if not 0 <= timeout < float("inf"):
-        raise ValidationError(f"must be a number of seconds, 0 or more, got {timeout}", parameter="shutdown_timeout")
+    interval = values.pop("sse_keep_alive_interval")
+    for name, seconds in (("shutdown_timeout", timeout), ("sse_keep_alive_interval", interval)):
+        if not 0 <= seconds < float("inf"):
+            raise ValidationError(f"must be a number of seconds, 0 or more, got {seconds}", parameter=name)
     _refuse_missing(values)
     names = tuple(values.pop("served_model_name", None) or [model or EMBEDDED_NAME])
     keys = _api_keys(values.pop("api_key", None))
@@ -199,7 +203,8 @@ def _to_serve_args(values: dict[str, Any]) -> ServeArgs:
             raise ValidationError(f"must be 1 or more, got {value}", parameter=name)
     server = ServerOptions(names, model or EMBEDDED_NAME, keys, values.pop("ignore_unknown_fields"),
                            metrics_prefix=_metrics_prefix(values.pop("metrics_prefix")),
-                           log_stats=not values.pop("disable_log_stats"), step_control=values.pop("step_control"), **limits)
+                           log_stats=not values.pop("disable_log_stats"), step_control=values.pop("step_control"),
+                           sse_keep_alive_interval=interval, **limits)
     log_level, connection = values.pop("uvicorn_log_level"), take_connection_options(values)
     return ServeArgs(engine_config_from_kwargs(model=model, **values), server, host, port, log_level, timeout, connection)
 

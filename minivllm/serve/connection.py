@@ -14,6 +14,7 @@ import asyncio
 import functools
 import os
 import ssl
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,7 +63,7 @@ class ConnectionOptions:
     def for_uvicorn(self) -> dict[str, Any]:
         """Arguments of `uvicorn.Config`."""
         given = {name: getattr(self, name) for name in NAMES if name != "timeout_receive"}
-        return given | {"http": functools.partial(ImpatientProtocol, self.timeout_receive)}
+        return given | {"http": functools.partial(ImpatientProtocol, self.timeout_receive, Outbox())}
 
 
 def add_connection_flags(group: Any) -> None:
@@ -82,18 +83,58 @@ def take_connection_options(values: dict[str, Any]) -> ConnectionOptions:
     return ConnectionOptions(**{name: values.pop(name) for name in NAMES if name in values})
 
 
+class Outbox:
+    """What a step has brought for many readers, sent in one go when all of it is written.
+
+    Every system call gives the GIL away and wants it back, and so does every operation of the engine's thread: the less Python
+    there is between two sends, the less they wait for each other (64 streams: 10 of 183 microseconds a token).
+    """
+
+    def __init__(self) -> None:
+        self.pieces: list[tuple[asyncio.Transport, bytes]] = []
+
+    def add(self, transport: asyncio.Transport, data: bytes) -> None:
+        if not self.pieces:
+            asyncio.get_running_loop().call_soon(self.send)
+        self.pieces.append((transport, data))
+
+    def send(self) -> None:
+        pieces, self.pieces = self.pieces, []
+        for transport, data in pieces:
+            if not transport.is_closing():
+                transport.write(data)
+
+
 class ChunkWriter:
     """Writes pieces of a chunked body past three layers that only hand them on: 20 of 70 microseconds of a streamed token.
 
     Between the first and the last message of an answer without Content-Length: there h11 writes the same and keeps no state.
     """
 
-    def __init__(self, protocol: H11Protocol) -> None:
+    def __init__(self, protocol: H11Protocol, outbox: Outbox) -> None:
         self.transport = protocol.transport
         self.flow = protocol.flow
+        self.outbox = outbox
+        self.written_at = time.monotonic()
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the reader keeps up, so that `post` may be called."""
+        return not (self.flow.write_paused or self.transport.is_closing())
+
+    def post(self, data: bytes) -> None:
+        """Hand over a piece without waiting. It goes out with everybody's, before anything that is written later."""
+        self.written_at = time.monotonic()
+        self.outbox.add(self.transport, b"%x\r\n%b\r\n" % (len(data), data))
+
+    def flush(self) -> None:
+        """Send what was posted now, before the answer goes on in another way."""
+        self.outbox.send()
 
     async def write(self, data: bytes) -> None:
         """Hand over a piece; waits while the reader is slow. A reader that has gone is noticed elsewhere (streams.py)."""
+        self.flush()
+        self.written_at = time.monotonic()
         if self.flow.write_paused:
             await self.flow.drain()
         if not self.transport.is_closing():
@@ -103,18 +144,23 @@ class ChunkWriter:
 class ImpatientProtocol(H11Protocol):
     """uvicorn's HTTP/1.1, which closes a connection whose request does not come. (uvicorn's own timer is for idle ones.)
 
-    It also shows every request a short way to the socket: `scope["minivllm.writer"]`.
+    It also shows every request a short way to the socket, `scope["minivllm.writer"]`, and takes the public path off where the
+    proxy has not.
     """
 
-    def __init__(self, seconds: float, **given: Any) -> None:
+    def __init__(self, seconds: float, outbox: Outbox, **given: Any) -> None:
         super().__init__(**given)
         self.seconds = seconds
+        self.outbox = outbox
         self.timer: asyncio.TimerHandle | None = None
         self.inner_app, self.app = self.app, self._with_writer
 
     async def _with_writer(self, scope: Any, receive: Any, send: Any) -> None:
+        sent = scope["path"].removeprefix(self.root_path)  # uvicorn has put it in front
+        if self.root_path and f"{sent}/".startswith(f"{self.root_path}/"):
+            scope["path"] = sent if sent != self.root_path else f"{sent}/"
         if scope["http_version"] == "1.1":  # for HTTP/1.0 there are no chunks
-            scope["minivllm.writer"] = ChunkWriter(self)
+            scope["minivllm.writer"] = ChunkWriter(self, self.outbox)
         await self.inner_app(scope, receive, send)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]

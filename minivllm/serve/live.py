@@ -94,6 +94,8 @@ class Live:
         if self.num_watchers >= MAX_WATCHERS:
             raise ApiError(f"{MAX_WATCHERS} pages watch this engine already: close one of them", status=503)
         self.num_watchers += 1
+        if self.slows:
+            logger.info("a live page watches: until it leaves the engine plans no step ahead")
         watcher = Watcher()
 
         def close() -> None:
@@ -134,8 +136,14 @@ class Live:
         if paused and not self.is_paused:
             raise ApiError("The engine is running: pause it before you step.", status=HTTPStatus.CONFLICT, kind="ConflictError")
 
+    @property
+    def slows(self) -> bool:
+        """Whether watching costs more than records: an engine that plans a step ahead does not while it is watched."""
+        return bool(self.engine.engine.config.async_scheduling)
+
     def state(self) -> dict[str, Any]:
-        return {"allowed": self.allows_control, "paused": self.is_paused, "step": self.engine.engine.stats.num_steps}
+        return {"allowed": self.allows_control, "paused": self.is_paused, "step": self.engine.engine.stats.num_steps,
+                "slows": self.slows}
 
     def end(self) -> None:
         """The server is about to end: watchers go, and an engine that is held goes on, so that requests can finish."""
@@ -159,7 +167,7 @@ async def trace(request: Request) -> Response:
 
 @router.get("/control")
 async def control(request: Request) -> Response:
-    """Whether the engine may be held from here, whether it is, and how many steps it has made."""
+    """Whether the engine may be held from here, whether it is, how many steps it has made, and if watching slows it."""
     return json_response(get_service(request).live.state())
 
 

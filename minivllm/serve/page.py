@@ -7,7 +7,9 @@ these files, whatever text a model writes.
 from __future__ import annotations
 
 import hashlib
+import html
 import importlib.resources
+from collections.abc import Callable
 
 from fastapi import APIRouter, Request
 from starlette.exceptions import HTTPException
@@ -20,7 +22,7 @@ FILES = frozenset(file.name for file in FOLDER.iterdir())
 PAGE_PATHS = frozenset({"/", *(f"/static/{name}" for name in FILES)})
 HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
-                               "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+                               "base-uri 'self'; form-action 'none'; frame-ancestors 'none'",
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
     "cache-control": "no-cache",  # ask each time; the answer is mostly "not modified"
@@ -30,7 +32,10 @@ router = APIRouter(include_in_schema=False)
 
 @router.get("/")
 async def index(request: Request) -> Response:
-    return _send(INDEX, request)
+    """The page; behind a proxy with its public path as the base of all its addresses, so that /llm works as /llm/ does."""
+    root_path = request.scope.get("root_path", "")
+    base = f'<head>\n  <base href="{html.escape(root_path)}/">' if root_path else "<head>"
+    return _send(INDEX, request, lambda content: content.replace(b"<head>", base.encode(), 1))
 
 
 @router.get("/static/{name}")
@@ -40,8 +45,8 @@ async def asset(name: str, request: Request) -> Response:
     return _send(name, request)
 
 
-def _send(name: str, request: Request) -> Response:
-    content = (FOLDER / name).read_bytes()  # each time: who edits the page sees it on the next load
+def _send(name: str, request: Request, change: Callable[[bytes], bytes] = bytes) -> Response:
+    content = change((FOLDER / name).read_bytes())  # each time: who edits the page sees it on the next load
     tag = f'"{hashlib.sha256(content).hexdigest()[:16]}"'
     headers = {**HEADERS, "etag": tag}
     if request.headers.get("if-none-match") == tag:

@@ -5,6 +5,8 @@ Owns the defaults and the limits that need the model's length. The domains of th
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 from minivllm.exceptions import ValidationError
@@ -40,17 +42,31 @@ def completion_params(body: CompletionBody, defaults: dict[str, Any], max_model_
 
 def chat_params(body: ChatBody, defaults: dict[str, Any], max_model_len: int) -> SamplingParams:
     """Raises `ApiError` or `ValidationError` that names the field, by chat's own name for it."""
-    name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
+    name = _length_field(body)
     given: int | None = getattr(body, name)
     check_max_tokens(name, given, max_model_len)
     own = {"max_tokens": defaults.get("max_tokens") if given is None else given,
            "logprobs": (body.top_logprobs or 0) if body.logprobs else None}
-    try:
+    with chat_names(body):
         return SamplingParams(**_shared(body, defaults) | own)
+
+
+def _length_field(body: ChatBody) -> str:
+    return "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
+
+
+@contextlib.contextmanager
+def chat_names(body: ChatBody) -> Iterator[None]:
+    """A `ValidationError` about the engine's parameters becomes an `ApiError` that speaks of chat's fields."""
+    try:
+        yield
     except ValidationError as error:
-        chat_names = {"max_tokens": name, "logprobs": "top_logprobs"}
-        chat_name = chat_names.get(error.parameter or "", error.parameter or "")
-        raise ApiError(str(error).replace(str(error.parameter), chat_name), param=chat_name or None) from error
+        names = {"max_tokens": _length_field(body), "logprobs": "top_logprobs"}
+        own = error.parameter or ""
+        if own not in names:
+            raise
+        message = str(error).replace(own, names[own], 1).replace(f"parameter={own}", f"parameter={names[own]}")
+        raise ApiError(message, param=names[own]) from error
 
 
 def _shared(body: GenerationBody, defaults: dict[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from minivllm.exceptions import EngineDeadError
 from minivllm.request import RequestOutput
 from minivllm.sampling_params import MAX_N, SamplingParams
 from minivllm.serve.errors import ApiError
+from minivllm.serve.http_metrics import HttpMetrics
 from minivllm.serve.limits import DEFAULT_BODY_BYTES, BusyError, Entry, QueueLimit
 from minivllm.serve.live import Live
 from minivllm.serve.logprobs import TokenNames
@@ -28,7 +29,9 @@ from minivllm.version import __version__
 
 
 class Stream(Protocol):
-    """The outputs of one request of the engine; `close` aborts it unless it has ended."""
+    """The outputs of one request of the engine; `close` aborts it unless it has ended. (async_engine.py tells of `takes`.)"""
+
+    takes: Callable[[RequestOutput], bool]
 
     def __aiter__(self) -> AsyncIterator[RequestOutput]: ...
 
@@ -70,6 +73,7 @@ class ServerOptions:
     max_num_queued_tokens: int | None = None
     max_request_body_bytes: int = DEFAULT_BODY_BYTES
     step_control: bool = False
+    sse_keep_alive_interval: float = 0.0  # seconds, 0 for never
 
 
 class Service:
@@ -88,6 +92,8 @@ class Service:
         # Equal fingerprints mean equal settings: a seeded request repeats only under the same one.
         self.fingerprint = f"minivllm-{__version__}-{hashlib.sha256(repr(core.config).encode()).hexdigest()[:8]}"
         self.metrics = EngineMetrics(core, self.model_name, options.metrics_prefix)
+        self.http_metrics = HttpMetrics()
+        self.metrics.registry.register(self.http_metrics)
         self.live = Live(engine, options.step_control)
         self._numbers = itertools.count()
         limits = options.max_num_queued_reqs, options.max_num_queued_tokens

@@ -23,6 +23,7 @@ $("player").append(player.element);
 const clock = { engine: null, page: 0 }; // the engine's time of the newest record, and when it came
 let isAllowed = null; // to hold the engine; null until the server has said it
 let isPaused = false;
+let isSlowed = false; // an engine that plans a step ahead does not while it is watched
 let step = null; // of the engine that the records are from
 
 function onEvent({ paused, records }) {
@@ -41,7 +42,9 @@ setInterval(() => {
 }, 250);
 
 function onStatus(status, reason = "") {
-  const words = { connecting: "Connecting", live: isPaused ? "Paused" : "Live", lost: "Not connected" };
+  const live = isPaused ? "Paused" : isSlowed ? "Live, slower while watched" : "Live";
+  const words = { connecting: "Connecting", live, lost: "Not connected" };
+  $("status").title = isSlowed ? "This engine plans a step ahead, but not while a page watches: a record is one whole step." : "";
   $("status").dataset.status = status === "live" && isPaused ? "paused" : status;
   setText($("status"), words[status]);
   setText($("problem"), status === "lost" ? `${reason} Trying again.` : "");
@@ -69,8 +72,11 @@ async function loadControl() {
     setText($("model"), models.data[0].id);
     experiments.longest = Math.max(16, Math.floor(models.data[0].max_model_len / 4));
     isAllowed = control.allowed;
+    isSlowed = control.slows;
     showControl();
-    if (!player.isOpen) setPaused(control.paused);
+    if (player.isOpen) return;
+    setPaused(control.paused);
+    if (isSlowed && watch.status === "live") onStatus("live");
   } catch (error) {
     setText($("problem"), error.message);
   }
