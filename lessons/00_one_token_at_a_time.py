@@ -26,6 +26,8 @@ from minivllm.viz import show
 # The package comes with a small model that was trained on text about this engine. This is the whole loop that makes it
 # talk. The model maps token ids to one hidden vector per token; the last one has seen every token, and from it the next
 # token is chosen.
+#
+# To write it before you read it: `python -m minivllm.learn start 0` now, and come back.
 
 # %%
 show(greedy)

@@ -39,6 +39,8 @@ for name, shape in shapes_of(ours, ids):
 # %% [markdown]
 # One layer is printed; all six are alike. A layer adds twice to the vectors that flow through: once what a token saw
 # when it looked at the others, once what it made of that by itself.
+#
+# To write them before you read them: `python -m minivllm.learn start 1a` now, then 1b and 1c, and come back.
 
 # %%
 show(model.DecoderLayer)

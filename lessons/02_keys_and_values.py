@@ -36,6 +36,8 @@ viz.triangle(passes, "recompute: the positions of each pass")
 # ## The code
 #
 # The cache of one layer is two tensors with a row for each request. New keys and values go to their columns.
+#
+# To write them before you read them: `python -m minivllm.learn start 2a` now, then 2b and 2c, and come back.
 
 # %%
 show(DenseCache.append)

@@ -47,6 +47,8 @@ assert (round(fewer_flops, 1), round(fewer_bytes, 2)) == (40.7, 1.0), "times les
 # ## The code
 #
 # Two functions count a step. One sums the multiplications, with 2 operations for each multiplication and its addition.
+#
+# To write them before you read them: `python -m minivllm.learn start 3a` now, then 3b, and come back.
 
 # %%
 show(cost.flops)

@@ -63,6 +63,8 @@ assert alone.item() != third.item(), "the same request, the same seed, another t
 # Three parameters shape the probabilities before the draw. Temperature divides the logits: below 1 it favors the likely
 # tokens, above 1 it levels them. `top_k` keeps the k likeliest tokens. `top_p` keeps the likeliest until their
 # probabilities sum to p.
+#
+# To write them before you read them: `python -m minivllm.learn start 4a` now, then 4b, and come back.
 
 # %%
 show(sampler.top_k)

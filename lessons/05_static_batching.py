@@ -32,6 +32,8 @@ print(f"{alone.steps:,} passes over the weights for {workload.num_output_tokens:
 # Prompts have different lengths, and a tensor is a rectangle. The shorter ones are filled up on the left, so that all
 # prompts end in the same column and every next token goes into the column after it. Positions count from each row's own
 # first token, and the mask hides the filling from everybody.
+#
+# To write it before you read it: `python -m minivllm.learn start 5` now, and come back.
 
 # %%
 show(left_pad)

@@ -47,6 +47,8 @@ viz.timeline(
 # ## The code
 #
 # The cure is a queue and one question at the start of every step: which rows are free?
+#
+# To write it before you read it: `python -m minivllm.learn start 6` now, and come back.
 
 # %%
 show(SlotScheduler.schedule)

@@ -54,6 +54,8 @@ viz.timeline(rows, "KV slots of the row", "8 dense rows of 512 slots, after step
 # The way out is the one that operating systems took for memory: pages. The pool below owns 16-slot blocks and knows
 # them by number. It has no tensors in it. A queue of free numbers, and a count of owners for each block, are all that
 # it needs.
+#
+# To write them before you read them: `python -m minivllm.learn start 7` now, and come back.
 
 # %%
 show(BlockPool.get_new_blocks)

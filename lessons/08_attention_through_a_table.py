@@ -64,6 +64,8 @@ viz.table(
 # ## The code
 #
 # Writing needs one number for each new token: its slot. That is the whole arithmetic of paging.
+#
+# To write them before you read them: `python -m minivllm.learn start 8a` now, then 8b, and come back.
 
 # %%
 show(slot_mapping)

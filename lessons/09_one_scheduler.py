@@ -64,6 +64,8 @@ viz.steps(small.work()[:14], NAMES[:2], 32, "five requests, 32 tokens a step: th
 # When a running request needs a block and none is free, the newest running request is preempted: its blocks go back,
 # its progress goes to 0, and it moves to the front of the queue. Its tokens are kept. When it comes back, prompt and
 # answer so far are computed like one longer prompt.
+#
+# To write them before you read them: `python -m minivllm.learn start 9b` now, and come back.
 
 # %%
 show(Scheduler._allocate_or_preempt)

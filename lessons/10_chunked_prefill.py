@@ -41,6 +41,8 @@ viz.steps(
 # ## The code
 #
 # The cut is one function of the scheduler, and its last line is all there is to it.
+#
+# To write it before you read it: `python -m minivllm.learn start 10` now, and come back.
 
 # %%
 show(Scheduler._split)

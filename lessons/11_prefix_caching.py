@@ -40,6 +40,8 @@ print(
 # A block's name is a hash of its tokens and of the name of the block before it. The chain makes the name stand for
 # everything from the first token on: the same 16 tokens after another beginning are another block, as they must be,
 # because their keys and values differ.
+#
+# To write them before you read them: `python -m minivllm.learn start 11a` now, then 11b, and come back.
 
 # %%
 show(hash_block_tokens)

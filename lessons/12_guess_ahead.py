@@ -48,6 +48,8 @@ print(f"{plain.stats.num_generated_tokens} tokens in {plain.stats.num_steps} ste
 # The package has a second checkpoint, the draft: the same vocabulary and a tenth of the weights. Before each step it
 # guesses the next four tokens of every request. They are scheduled behind the known token like a piece of a prompt, so
 # the model samples at five positions instead of one. What counts of these five is one function.
+#
+# To write it before you read it: `python -m minivllm.learn start 12a` now, and come back.
 
 # %%
 show(accepted_run)
@@ -205,6 +207,8 @@ assert [round(gain(n, per_step), 1) for n in (1, 32, 256)] == [3.5, 3.4, 0.9], "
 #
 # Textbooks and vLLM accept a guess by chance. Where the draft gives a token the probability q and the model p, it is
 # kept with the probability min(1, p / q), and a refused one is replaced by a draw from what p has beyond q.
+#
+# To write it before you read it: `python -m minivllm.learn start 12c` now, and come back.
 
 # %%
 show(rejection_sample)

@@ -37,6 +37,8 @@ print(f"{len(token_ids)} tokens: {one_by_one}")
 # ## The code: text
 #
 # The incremental decoder waits for the rest of a character. It gives text late, but never wrong and never twice.
+#
+# To write them before you read them: `python -m minivllm.learn start 13b` now, then 13a, and come back.
 
 # %%
 show(TextStream.push)

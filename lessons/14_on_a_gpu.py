@@ -79,6 +79,8 @@ show(DecodeGraphs.run)
 # %% [markdown]
 # A graph has a shape, so there is one for each of some batch sizes, the buckets. A batch goes into the smallest bucket
 # that holds it, and the rest are rows of nobody.
+#
+# To write it before you read it: `python -m minivllm.learn start 14` now, and come back.
 
 # %%
 show(bucket_sizes)

@@ -83,8 +83,10 @@ def slot_mapping(block_table: Tensor, rows: Tensor, positions: Tensor, block_siz
 
 
 def context_slots(block_table: Tensor, seq_lens: Tensor, num_positions: int, block_size: int) -> Tensor:
-    """The slots of every request's positions 0 .. num_positions - 1, in logical order: (B, num_positions) int64.
+    """The slots of every request's positions 0 .. num_positions - 1, in logical order: (B, num_positions) int64, in a handful of
+    operations, however many requests there are.
 
+    The table is int32, and a block's number times the block size may pass 2**31: int64 first, as in `slot_mapping`.
     Past a request's end its last position is repeated, so that nobody's slots and never a slot that was not written is read:
     what lies there may be NaN, and 0 * NaN is NaN, so a weight of zero would not make it harmless.
     """

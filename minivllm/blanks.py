@@ -5,7 +5,7 @@ and replaced as lines, so that everything around them, comments and spaces too, 
 
     def touch(self, block_ids):                          def touch(self, block_ids):
         \"\"\"Add one reference to each block.\"\"\"              \"\"\"Add one reference to each block.\"\"\"
-        for block_id in block_ids:              ->           raise NotImplementedError("your turn: BlockPool.touch, 4 lines ...")
+        for block_id in block_ids:              ->           raise NotImplementedError("your turn: BlockPool.touch, about 4 lines")
             ...
 """
 
@@ -75,6 +75,27 @@ def is_untouched(node: Function) -> bool:
     return is_blank(node) and len(body_of(node)) == 1
 
 
+def forgets_return(node: Function) -> bool:
+    """Whether its signature promises a value, and it can end without a `return`: whoever called it has None then."""
+    promised = ast.unparse(node.returns) if node.returns else "None"
+    if promised == "None" or is_blank(node) or any(isinstance(part, ast.Yield | ast.YieldFrom) for part in ast.walk(node)):
+        return False
+    gives = any(isinstance(part, ast.Return) and part.value is not None for part in ast.walk(node))
+    return goes_on(node.body) and not (gives and "None" in promised)
+
+
+def goes_on(body: list[ast.stmt]) -> bool:
+    """Whether a run can come out at the end of these statements; where that is not plain, no."""
+    last = body[-1]
+    if isinstance(last, ast.If):
+        return not last.orelse or goes_on(last.body) or goes_on(last.orelse)
+    if isinstance(last, ast.With):
+        return goes_on(last.body)
+    if isinstance(last, ast.While) and isinstance(last.test, ast.Constant):
+        return any(isinstance(part, ast.Break) for part in ast.walk(last))
+    return not isinstance(last, ast.Return | ast.Raise | ast.Try | ast.Match)
+
+
 def count_code_lines(lines: list[str]) -> int:
     """Lines that hold code: no blank ones and no comments."""
     tokens = tokenize.generate_tokens(io.StringIO("\n".join(["if True:", *lines]) + "\n").readline)
@@ -91,7 +112,7 @@ def blank(source: str, name: str, where: str) -> str:
     assert start is not None and end is not None and start < body_of(node)[0].lineno, f"{name} has its body on one line with it"
     count = count_code_lines(lines[start:end])
     ending = "\r" if lines[start].endswith("\r") else ""
-    message = f"{YOUR_TURN}{name}, {count} {'line' if count == 1 else 'lines'} in the reference"
+    message = f"{YOUR_TURN}{name}, about {count} {'line' if count == 1 else 'lines'}"
     raises = f'{" " * node.body[0].col_offset}raise NotImplementedError("{message}"){ending}'
     return "\n".join([*lines[:start], raises, *lines[end:]])
 

@@ -48,7 +48,8 @@ class BlockPool:
         """Take this many blocks from the left of the free queue, each with one reference, and return their ids.
 
         A block that still has a hash loses it now (`evict`), and not before: until this moment a hit could bring it back.
-        The caller has made sure that enough blocks are free; asking for more is its mistake, and an assert says so.
+        The caller has made sure that enough blocks are free; asking for more is its mistake: nothing is taken, and an assert
+        says so with both numbers.
         """
         assert num_blocks <= len(self.free_queue), f"{num_blocks} blocks wanted, {len(self.free_queue)} free"
         block_ids = []
@@ -72,7 +73,7 @@ class BlockPool:
         With a hash it goes to the back, so that it stays findable for as long as possible. Without one nobody can ever
         ask for its content, so it goes to the front. Callers give a request's last block first: then the tail of a
         sequence is evicted before its head, and what is left of it is still a prefix. To free a block that nobody holds is
-        the caller's mistake, and an assert says so.
+        the caller's mistake, and an assert says so with the block's number.
         """
         for block_id in block_ids:
             assert self.ref_counts[block_id] > 0, f"block {block_id} is freed twice: no table holds it"
@@ -115,7 +116,7 @@ class BlockPool:
         """Assert the invariants of the class. O(blocks): for tests and debugging."""
         free, referenced = len(self.free_queue), sum(count > 0 for count in self.ref_counts)
         assert free + referenced == self.num_blocks - 1, (
-            f"{free} blocks are free and {referenced} are held, of {self.num_blocks - 1}")
+            f"free blocks: {free}, held blocks: {referenced}, and the pool has {self.num_blocks - 1}")
         assert min(self.ref_counts) >= 0, f"block {self.ref_counts.index(min(self.ref_counts))} was freed more often than held"
         assert self.ref_counts[NULL_BLOCK] == 0 and NULL_BLOCK not in self.free_queue, "the null block was handed out or freed"
         held = [block_id for block_id in self.free_queue if self.ref_counts[block_id]]

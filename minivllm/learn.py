@@ -24,7 +24,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from minivllm import learn_check
-from minivllm.blanks import SourceError, blank, code_of, find, is_blank, is_untouched, lines_of, parse, splice
+from minivllm.blanks import (
+    SourceError,
+    blank,
+    code_of,
+    find,
+    forgets_return,
+    is_blank,
+    is_untouched,
+    lines_of,
+    parse,
+    splice,
+)
 from minivllm.exercises import EXERCISES, LESSONS, Exercise
 from minivllm.learn_files import LearnError, Mark, Workshop
 
@@ -34,7 +45,7 @@ COMMAND = "python -m minivllm.learn"
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command. Status 0: done, or passed; 1: not yet; 2: it could not be done, and a line says why."""
     parser = argparse.ArgumentParser(COMMAND, description="Exercises: fill in functions of minivllm, and its tests judge them.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     commands.add_parser("list", help="all exercises, and how far you are")
     for name, what in {"start": "write the file with the functions to fill in", "check": "run the exercise's tests on your file",
                        "hint": "one more hint each time", "diff": "from yours to the reference",
@@ -46,6 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name == "reset":
             command.add_argument("--keep", action="store_true", help="keep your functions of this exercise too, in today's module")
     arguments = parser.parse_args(argv)
+    if arguments.command is None:
+        parser.print_help()
+        return 0
     try:
         return run(arguments)
     except (LearnError, SourceError) as error:
@@ -127,14 +141,11 @@ def open_blanks(workshop: Workshop, exercise: Exercise, source: str) -> tuple[st
 def start(workshop: Workshop, exercise: Exercise) -> int:
     """Open the exercise's functions in mine/: in a copy of the module, or in the learner's file if there is one."""
     workshop.need_tests()
-    shown, mark = workshop.shown(exercise.module), workshop.mark(exercise.module)
-    then = f"{COMMAND} check {exercise.name}"
+    shown, is_new = workshop.shown(exercise.module), not workshop.path(exercise.module).exists()
+    then, mark = f"{COMMAND} check {exercise.name}", Mark() if is_new else find_mark(workshop, exercise)
     if exercise.name in mark.started:
         print(f"{exercise.name} is started already, and {shown} is as you left it. Go on with: {then}")
         return 0
-    is_new = not workshop.path(exercise.module).exists()
-    if not is_new and not mark.fingerprint:
-        raise LearnError(f"{shown} was not written by start, or has lost its last line. Move the file away, and start again.")
     if not is_new and workshop.has_aged(exercise.module):
         raise LearnError(f"minivllm/{exercise.module}.py has changed since {shown} was copied from it. First put your functions "
                          f"into today's: {COMMAND} reset {mark.started[0]} --keep")
@@ -150,8 +161,36 @@ def start(workshop: Workshop, exercise: Exercise) -> int:
     return 0
 
 
+def find_mark(workshop: Workshop, exercise: Exercise) -> Mark:
+    """The mark of a file that is there. One that was lost is written again, if nothing but functions of exercises has changed."""
+    module, shown = exercise.module, workshop.shown(exercise.module)
+    parse(workshop.read(module), shown)
+    mark = workshop.mark(module)
+    if not mark.fingerprint:
+        mark = need_recovered(workshop, exercise)
+        workshop.write(module, workshop.read(module), mark.started)
+        print(f"{shown} had lost its last line, by which check knows it: the line is back.")
+    return mark
+
+
+def need_recovered(workshop: Workshop, exercise: Exercise) -> Mark:
+    """The mark that a file has lost; a `LearnError` says what to do where it cannot be known."""
+    mark, is_sure = workshop.lost_mark(exercise.module)
+    if is_sure:
+        return mark
+    missing = f"{workshop.shown(exercise.module)} was not written by start, or has lost its last line."
+    if not mark.started:
+        raise LearnError(f"{missing} Move the file away, and start again.")
+    raise LearnError(f"{missing} If it is your copy of today's minivllm/{exercise.module}.py, put this line back at its end, "
+                     f"otherwise move the file away:\n{mark}")
+
+
 def need_started(workshop: Workshop, exercise: Exercise) -> Mark:
     mark = workshop.mark(exercise.module)
+    if not mark.fingerprint and workshop.path(exercise.module).exists():
+        need_recovered(workshop, exercise)
+        raise LearnError(f"{workshop.shown(exercise.module)} has lost its last line, by which {COMMAND} knows it. "
+                         f"This puts it back: {COMMAND} start {exercise.name}")
     if exercise.name not in mark.started:
         raise LearnError(f"{exercise.name} is not started: {COMMAND} start {exercise.name}")
     return mark
@@ -168,13 +207,18 @@ def check(workshop: Workshop, exercise: Exercise) -> int:
     if workshop.has_aged(exercise.module):
         print(f"  note     minivllm/{exercise.module}.py has changed since you started: {COMMAND} reset {exercise.name} --keep "
               f"puts your functions into today's")
+    if sys.stdout.isatty():
+        print(f"  running  {len(exercise.tests)} tests, for {exercise.seconds} seconds at most")
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, f"{exercise.module}.py").write_text(alone(workshop, exercise, source), encoding="utf-8")
-        story = learn_check.run_tests(exercise.tests, Path(folder), workshop.root)
+        story = learn_check.run_tests(exercise.tests, Path(folder), workshop.root, exercise.seconds)
     if not story.broken:
         workshop.note(exercise, "passed", answer)
         print(f"{exercise.name}: passed\n  next     {COMMAND} diff {exercise.name}")
         return 0
+    silent = [name for name in exercise.blanks if forgets_return(find(source, name, workshop.shown(exercise.module)))]
+    if silent and "None" in story.broken:
+        story.broken = f"{silent[0]} returned None: it can end without a return ({story.broken})"
     for label, text in (("promise", story.promise), ("broken", story.broken), ("when", story.when)):
         if text:
             print(f"  {label:<8} {text}")
@@ -195,9 +239,12 @@ def alone(workshop: Workshop, exercise: Exercise, source: str) -> str:
 
 def hint(workshop: Workshop, exercise: Exercise) -> int:
     """All hints shown before, and one more."""
-    count = workshop.count_hint(exercise, len(exercise.hints))
-    print("\n".join(exercise.hints[:count]))
-    if count == len(exercise.hints):
+    need_started(workshop, exercise)
+    most = len(exercise.hints)
+    count = workshop.count_hint(exercise, most)
+    for number, text in enumerate(exercise.hints[:count], start=1):
+        print(f"hint {number} of {most}: {text}")
+    if count == most:
         print(f"(No more hints. The reference: {COMMAND} diff {exercise.name} --anyway)")
     return 0
 
@@ -232,6 +279,8 @@ def reset(workshop: Workshop, exercise: Exercise, keep: bool) -> int:
                 kept.append(name)
     aside = workshop.put_aside(exercise.module)
     workshop.write(exercise.module, source, mark.started)
+    if not keep:
+        workshop.note(exercise, "hints", 0)
     stays = f", with your {joined(kept)}" if kept else ""
     print(f"Your file is {aside} now. Wrote {shown}{stays}, then: {COMMAND} check {exercise.name}")
     return 0

@@ -2,15 +2,17 @@
 
     promise  what the test says in its docstring
     broken   the sentence of the assertion that failed, or of the error
-    when     the smallest example that Hypothesis found
+    when     the smallest example that Hypothesis found, or the calls that a test has written down
 
-`run_tests` starts the process; `python -m minivllm.learn_check REPORT TEST...` is the process. The tests run where no learner
-writes: on a copy of the file, in a temporary folder that shadows the package (see minivllm/__init__.py).
+`run_tests` starts the process; `python -m minivllm.learn_check REPORT SECONDS TEST...` is the process. The tests run where no
+learner writes: on a copy of the file, in a temporary folder that shadows the package (see minivllm/__init__.py).
 """
 
 from __future__ import annotations
 
+import faulthandler
 import json
+import linecache
 import os
 import re
 import subprocess
@@ -24,7 +26,9 @@ from typing import Any
 
 from minivllm.blanks import YOUR_TURN
 
-TIME_LIMIT = 60.0  # seconds
+TIME_LIMIT = 60.0  # seconds: for tests that run a model
+GRACE = 5.0  # seconds that a process has to say where it hangs, before it is ended from outside
+CALLS = "calls: "  # begins a note that a test adds to an error: what it called, which says more than what Hypothesis drew
 MOST_CHARACTERS = 400  # of a line of the story
 OPTIONS = ["-x", "-q", "--tb=no", "--no-header", "--no-summary", "-p", "no:cacheprovider", "-o", "addopts=", "-m", "not gpu",
            "--hypothesis-profile=learn"]
@@ -67,10 +71,6 @@ def broken_by(error: BaseException) -> str:
     lines = str(error).strip().splitlines() or [""]
     if type(error).__name__ == "CollectError":  # pytest's: the error is somewhere in a printed traceback
         return next((line.removeprefix("E ").strip() for line in reversed(lines) if line.startswith("E ")), lines[-1])
-    if missing := re.match(r"DID NOT RAISE (?:<class ')?([\w.]+)", lines[0]):  # pytest.raises, as the next one
-        return f"nothing was raised, and the right answer raises {missing[1]}"
-    if lines[0].startswith("Regex pattern did not match"):
-        return " ".join(line.strip() for line in lines)
     if lines[0] and (isinstance(error, AssertionError) or lines[0].startswith(YOUR_TURN)):
         return lines[0]
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if is_mine(frame.filename)]
@@ -84,8 +84,12 @@ def is_mine(filename: str) -> bool:
 
 
 def example_of(error: BaseException) -> str:
-    """Hypothesis' smallest example, as it stands in the error's notes, in one line."""
-    for note in getattr(error, "__notes__", []):
+    """The calls that the test has written down, or else Hypothesis' smallest example, from the error's notes, in one line."""
+    notes = getattr(error, "__notes__", [])
+    for note in notes:
+        if note.startswith(CALLS):
+            return note.removeprefix(CALLS)
+    for note in notes:
         found = re.search(r"^(?:Falsifying|Failing) .*?: \w+\((.*)\)", note, re.DOTALL)
         if found:
             return " ".join(line.strip() for line in found[1].splitlines()).strip(" ,")
@@ -99,16 +103,32 @@ def parameters_of(node: Any) -> str:
 
 
 def run_tests(tests: Sequence[str], overlay: Path, root: Path, time_limit: float = TIME_LIMIT) -> Story:
-    """Run tests of the clone at `root` with `overlay` shadowing the package; the story of the first that fails."""
+    """Run tests of the clone at `root` with `overlay` shadowing the package; the story of the first that fails.
+
+    After `time_limit` seconds the process writes down where it is and ends.
+    """
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.json")
-        command = [sys.executable, "-m", "minivllm.learn_check", str(report), *tests]
+        command = [sys.executable, "-m", "minivllm.learn_check", str(report), str(time_limit), *tests]
         try:
             done = subprocess.run(command, cwd=root, env=environment(overlay), capture_output=True, text=True, encoding="utf-8",
-                                  errors="replace", timeout=time_limit, stdin=subprocess.DEVNULL)
+                                  errors="replace", timeout=time_limit + GRACE, stdin=subprocess.DEVNULL)
         except subprocess.TimeoutExpired:
+            done = None
+        if place := hanging_at(report.with_suffix(".hang"), overlay):
+            return Story(read(report).promise, f"no result after {time_limit:.0f} seconds: {place}")
+        if done is None:
             return Story(read(report).promise, f"no result after {time_limit:.0f} seconds: is there a loop that never ends?")
         return conclude(done.returncode, read(report), done.stdout + done.stderr)
+
+
+def hanging_at(dump: Path, overlay: Path) -> str:
+    """Where a process was when its time was over, from faulthandler's report: the innermost line of the learner's file."""
+    text = dump.read_text(encoding="utf-8", errors="replace") if dump.exists() else ""
+    for filename, number, name in re.findall(r'^  File "(.*)", line (\d+) in (.*)$', text, re.MULTILINE):
+        if Path(filename).parent.resolve() == overlay.resolve():
+            return f"it hangs in {name}, line {number}: {linecache.getline(filename, int(number)).strip()}"
+    return "is there a loop that never ends?" if text else ""
 
 
 def environment(overlay: Path) -> dict[str, str]:
@@ -136,10 +156,13 @@ def shorten(text: str) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the tests named behind the report's path, in this process."""
+    """Run tests in this process: the report's path, the seconds they have (0: any number), and their ids."""
     import pytest  # the learner's command says how to install it before it comes here
 
-    report, *tests = arguments
+    report, seconds, *tests = arguments
+    if float(seconds):
+        dump = open(Path(report).with_suffix(".hang"), "w", encoding="utf-8")  # noqa: SIM115 - open until the process ends
+        faulthandler.dump_traceback_later(float(seconds), exit=True, file=dump)
     return int(pytest.main([*OPTIONS, *tests], plugins=[StoryTeller(Path(report))]))
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import minivllm
-from minivllm.blanks import fingerprint
+from minivllm.blanks import SourceError, code_of, find, fingerprint, parse
 from minivllm.exercises import EXERCISES, Exercise
 
 MARK = re.compile(r"^# minivllm\.learn: ([\w ,-]*) in a copy of ([0-9a-f]{12})[^\n]*\n?", re.MULTILINE)
@@ -84,11 +84,28 @@ class Workshop:
     def mark(self, module: str) -> Mark:
         return Mark.of(self.read(module)) if self.path(module).exists() else Mark()
 
+    def lost_mark(self, module: str) -> tuple[Mark, bool]:
+        """What the last line of a file without one would say: exercises whose functions differ from today's reference are started.
+
+        Sure if nothing else differs; an empty mark if the file lacks a function of the module.
+        """
+        mine, reference, shown = self.read(module), self.reference(module), self.shown(module)
+        parse(mine, shown)
+        try:
+            started = tuple(exercise.name for exercise in EXERCISES if exercise.module == module and any(
+                code_of(find(mine, name, shown)) != code_of(find(reference, name, module)) for name in exercise.blanks))
+            mark = Mark(started, self.fingerprint(module, started))
+            return mark, fingerprint(mine, self.names_of(module, started), shown) == mark.fingerprint
+        except SourceError:
+            return Mark(), False
+
+    def names_of(self, module: str, started: tuple[str, ...]) -> list[str]:
+        return [name for exercise in EXERCISES if exercise.name in started and exercise.module == module
+                for name in exercise.blanks]
+
     def fingerprint(self, module: str, started: tuple[str, ...]) -> str:
         """Of the reference without the functions of these exercises."""
-        names = [name for exercise in EXERCISES if exercise.name in started and exercise.module == module
-                 for name in exercise.blanks]
-        return fingerprint(self.reference(module), names, module)
+        return fingerprint(self.reference(module), self.names_of(module, started), module)
 
     def has_aged(self, module: str) -> bool:
         """Whether the reference has changed, outside of the functions that were started, since the learner's file was copied."""
@@ -126,7 +143,7 @@ class Workshop:
     def note(self, exercise: Exercise, key: str, value: object) -> None:
         notes = self.notes()
         notes.setdefault(exercise.name, {})[key] = value
-        replace(self.mine / "learn.json", json.dumps(notes, indent=1).encode())
+        replace(self.mine / "learn.json", f"{json.dumps(notes, indent=1)}\n".encode())
 
     def passed(self, exercise: Exercise) -> object:
         """What stands for the code that passed last, or None."""

@@ -30,7 +30,8 @@ from minivllm.scheduler_output import ModelOutput, Rewind, SchedulerOutput
 def accepted_run(draft_token_ids: Sequence[int], sampled_token_ids: Sequence[int]) -> list[int]:
     """What a verification says: the sampled tokens as long as the drafts were these, and the first that was no longer.
 
-    Token i was sampled behind drafts 0 .. i-1, so it counts if those are right. One token comes in any case.
+    Token i was sampled behind drafts 0 .. i-1, so it counts if those are right. One token comes in any case. There is one sample
+    more than drafts; any other number is the caller's mistake, and an assert says so.
     """
     assert len(sampled_token_ids) == len(draft_token_ids) + 1, "the model samples behind every draft, and behind the last"
     pairs = zip(draft_token_ids, sampled_token_ids)

@@ -78,7 +78,7 @@ def run_case(case: dict) -> int:
     os.environ["MINIVLLM_MINE"] = case["overlay"]
     from minivllm.learn_check import main
 
-    return main([str(Path(case["overlay"], "report.json")), *case["tests"]])
+    return main([str(Path(case["overlay"], "report.json")), "0", *case["tests"]])
 
 
 def fork(case: dict) -> int:

@@ -156,6 +156,15 @@ def test_t30_slots_of_a_large_pool_do_not_overflow():
 # ---- Reading ----
 
 
+def test_t30_a_context_in_a_large_pool_does_not_overflow():
+    """The slots of a context in block 200,000,000 of 16 slots begin at 3,200,000,000, which 32 bits cannot hold."""
+    table, seq_lens = torch.tensor([[200_000_000]], dtype=torch.int32), torch.tensor([6], dtype=torch.int32)
+    slots = context_slots(table, seq_lens, 6, 16)
+    assert slots.tolist() == [list(range(3_200_000_000, 3_200_000_006))], (
+        f"context_slots of 6 positions in block 200,000,000 gives {slots.tolist()} instead of 3,200,000,000 to 3,200,000,005")
+    assert slots.dtype == torch.int64, f"slots must be int64, not {slots.dtype}: half of a large pool is beyond int32"
+
+
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=5), st.integers(1, 5), st.integers(0, 9))
 def test_a_context_is_read_in_logical_order(seq_lens, block_size, seed):
     """Gathering through the table gives the tokens in the order of their positions, and never a slot that was not written."""
@@ -237,7 +246,7 @@ def test_t27_physical_order_changes_nothing(lens, block_size, seed):
 
 @pytest.mark.parametrize("num_queries", [1, 3])
 def test_t28_a_context_may_end_anywhere_in_a_block(num_queries):
-    """Every length from one token to past the third block gives what it gives without blocks."""
+    """A context of any length, from one token to past its third block, gives what it gives without blocks."""
     for length in range(num_queries, 14):
         world = make_world([(num_queries, length), (1, 1)], 4)
         row, error = worst(world.attend(), world.expected())
@@ -421,11 +430,6 @@ def test_a_gpu_gives_the_same_without_waiting_for_it(dtype, tolerance):
 # ---- These tests can fail ----
 
 
-def broken_offset(table: Tensor, rows: Tensor, positions: Tensor, block_size: int) -> Tensor:
-    """Off by one slot."""
-    return slot_mapping(table, rows, (positions - 1).clamp(min=0), block_size)
-
-
 @pytest.mark.parametrize("breakage", ["a block is lost", "two blocks are swapped", "attention is zero", "slots are off by one"])
 def test_a_broken_attention_is_noticed(breakage, monkeypatch):
     """The comparison with the plain function fails when blocks are lost or swapped, attention is zero, or slots off by one."""
@@ -438,6 +442,6 @@ def test_a_broken_attention_is_noticed(breakage, monkeypatch):
     elif breakage == "attention is zero":
         monkeypatch.setattr(PagedAttention, "attend", lambda self, q, metadata: torch.zeros_like(q))
     else:
-        monkeypatch.setattr(paged, "slot_mapping", broken_offset)
+        monkeypatch.setattr(paged, "context_slots", lambda *args: (context_slots(*args) - 1).clamp(min=0))
     _, error = worst(world.attend(), world.expected())
     assert error > 1e-3, f"{breakage}, and the outputs are within {error:.1e} of the right ones"

@@ -57,7 +57,8 @@ def test_a_query_sees_its_row_from_the_first_token_to_itself(rows, num_queries):
         for query in range(num_queries):
             seen = mask[row, query].nonzero().flatten().tolist()
             want = list(range(padding, padding + past + query + 1))
-            assert seen == want, f"row {row}: a query in column {want[-1]} after {padding} of padding sees {seen}"
+            assert seen == want, (
+                f"row {row}: a query in column {want[-1]} after {padding} of padding sees {seen} instead of {want}")
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 6)), min_size=1, max_size=4), st.integers(1, 4), st.integers(0, 9))

@@ -132,8 +132,8 @@ def test_t43_half_a_character_at_the_end_comes_with_the_end():
     """An answer cut off inside a character ends as the one-shot decode ends it, and not before it is over."""
     token_ids = [*make_tokenizer().encode("ok "), byte_token(0xF0), byte_token(0x9F)]
     shown, text, _, _ = stream(token_ids)
-    assert shown[-1] == "ok ", f"before the end {shown[-1]!r} was shown"
-    assert text == one_shot(token_ids) == "ok \ufffd", f"at the end the text is {text!r}"
+    assert shown[-1] == "ok ", f"before the end {shown[-1]!r} was shown instead of 'ok '"
+    assert text == one_shot(token_ids) == "ok \ufffd", f"at the end the text is {text!r} instead of {one_shot(token_ids)!r}"
 
 
 @given(kind=st.integers(0, 3), seed=st.integers(0, 999))
@@ -230,18 +230,19 @@ def test_t43_a_stop_string_over_several_tokens_cuts_before_itself():
     """A stop string that arrives in pieces is never shown, not even its first piece."""
     token_ids = make_tokenizer().encode("Hello</stop>more")
     shown, text, stop, streamed = stream(token_ids, stop="</stop>")
-    assert (text, stop) == ("Hello", "</stop>"), f"got {text!r}, stopped at {stop!r}"
-    assert max(shown, key=len) == "Hello", f"{max(shown, key=len)!r} was shown"
+    assert (text, stop) == ("Hello", "</stop>"), f"got {text!r}, stopped at {stop!r}, instead of 'Hello' and '</stop>'"
+    assert max(shown, key=len) == "Hello", f"{max(shown, key=len)!r} was shown instead of 'Hello'"
     assert streamed.num_tokens_kept < len(token_ids), "tokens after the stop string are counted"
 
 
 def test_of_two_that_end_together_the_longest_counts():
     """Where two stop strings end at the same character, the one that starts first is cut off."""
-    assert find_stop("xab", 1, ["b", "ab"]) == (1, "ab"), f"found {find_stop('xab', 1, ['b', 'ab'])}"
+    found = find_stop("xab", 1, ["b", "ab"])
+    assert found == (1, "ab"), f"of 'b' and 'ab' in 'xab' {found} is found instead of (1, 'ab')"
 
 
 def test_only_what_can_become_a_stop_string_is_held_back():
-    """Text waits exactly as long as a stop string may still begin in it."""
+    """Text is held back exactly as long as a stop string may still begin in it."""
     wanted = [("a", 0), ("a<", 1), ("a</s", 3), ("a</sx", 0), ("a</stop>", 0), ("a</<", 1), ("", 0)]
     for text, held in wanted:
         waiting = num_held_back(text, ["</stop>"])

@@ -182,7 +182,8 @@ def test_64_tokens_after_64_cost_6112_positions_or_127():
     greedy(model, prompt, 64, stats=stats[0])
     greedy_cached(model, prompt, 64, stats=stats[1])
     computed = [one.positions_computed for one in stats]
-    assert computed == [6112, 127], f"positions computed by recomputing, and with a cache: {computed}"
+    assert computed == [6112, 127], (
+        f"positions computed by recomputing, and with a cache: {computed} instead of [6112, 127]")
     assert [one.useful_positions for one in stats] == [127, 127], f"useful: {[one.useful_positions for one in stats]}, want 127"
 
 
@@ -221,7 +222,8 @@ def test_joining_at_once_takes_fewer_steps():
     greedy_continuous(model, prompts, limits, stats=continuous, num_rows=2)
     for half in (slice(0, 2), slice(2, 4)):
         greedy_static_batch(model, prompts[half], limits[half], stats=static)
-    assert (continuous.steps, static.steps) == (6, 8), f"continuous {continuous.steps} steps, static {static.steps}"
+    assert (continuous.steps, static.steps) == (6, 8), (
+        f"continuous {continuous.steps} steps instead of 6, static {static.steps} instead of 8")
 
 
 def test_blocks_copy_no_key_twice():
@@ -241,16 +243,18 @@ def test_blocks_copy_no_key_twice():
 
 @given(st.lists(st.lists(st.integers(0, 96), min_size=1, max_size=9), min_size=1, max_size=6))
 def test_left_padding_is_exact(prompts):
-    """All rows end together; masks show real tokens; positions count from the first real token, and backwards over padding."""
+    """Padded rows end together; masks show real tokens; positions count from the first real token, and backwards over padding."""
     token_ids, positions, mask = left_pad(prompts)
     longest = max(map(len, prompts))
     for tensor in (token_ids, positions, mask):
         assert tensor.shape == (len(prompts), longest), f"a shape is {tuple(tensor.shape)}, not {len(prompts)} x {longest}"
     for row, prompt in enumerate(prompts):
         pad = longest - len(prompt)
-        assert token_ids[row].tolist() == [0] * pad + prompt, f"row {row} of {prompts} is {token_ids[row].tolist()}"
-        assert mask[row].tolist() == [False] * pad + [True] * len(prompt), f"the mask of row {row} is {mask[row].tolist()}"
-        assert positions[row].tolist() == list(range(-pad, len(prompt))), f"positions of row {row}: {positions[row].tolist()}"
+        assert token_ids[row].tolist() == [0] * pad + prompt, (
+            f"row {row} of {prompts} is {token_ids[row].tolist()} instead of {[0] * pad + prompt}")
+        real, counted = [False] * pad + [True] * len(prompt), list(range(-pad, len(prompt)))
+        assert mask[row].tolist() == real, f"the mask of row {row} is {mask[row].tolist()} instead of {real}"
+        assert positions[row].tolist() == counted, f"positions of row {row} are {positions[row].tolist()} instead of {counted}"
 
 
 @given(st.lists(st.integers(0, 6), max_size=12), st.integers(1, 4))

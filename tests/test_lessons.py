@@ -17,6 +17,7 @@ from minivllm.bench.workload import BenchRequest
 from minivllm.course_clients import leave_at_random, read_every, serve_clients
 from minivllm.course_launches import DecodeStep, launches, recorded
 from minivllm.coursework import course_workload, guesses, run_engine, seat_rows, taught_workload
+from minivllm.exercises import EXERCISES
 from minivllm.tiny import draft_path
 
 ROOT = Path(__file__).parent.parent
@@ -118,6 +119,18 @@ def test_a_lesson_has_all_parts_in_order(path):
     starts = re.findall(r"minivllm\.learn start (\d+)[a-d]?\b", source)
     assert starts and set(starts) == {str(int(path.name[:2]))}, f"exercises {starts}"
     assert len(re.findall(r"(?m)^# \d\. ", source)) >= 3, "three questions"
+
+
+@each_lesson
+def test_a_lesson_says_before_it_shows_an_answer(path):
+    """Before a function of an exercise is shown the reader is told how to write it first."""
+    source, number = path.read_text(encoding="utf-8"), int(path.name[:2])
+    for exercise in (one for one in EXERCISES if one.lesson == number):
+        shown = [source.find(f"show({owner}{name})") for blank in exercise.blanks for name in (blank, blank.split(".")[0])
+                 for owner in ("", f"{exercise.module}.")]
+        told = re.search(rf"write (?:it|them) before.*`python -m minivllm\.learn start .*\b{exercise.number}\b", source)
+        for place in (place for place in shown if place >= 0):
+            assert told and told.start() < place, f"{source[place:place + 40]!r} answers {exercise.name}, and comes unannounced"
 
 
 @each_lesson

@@ -246,7 +246,7 @@ def test_rope_turns_each_pair_as_one_complex_number(seed, half, heads, tokens):
 def test_rotate_half_is_a_quarter_turn():
     """A quarter turn takes (a, b) to (-b, a)."""
     turned = ours.rotate_half(torch.tensor([1.0, 2.0, 3.0, 4.0])).tolist()
-    assert turned == [-3.0, -4.0, 1.0, 2.0], f"(1, 2 | 3, 4) turns to {turned}"
+    assert turned == [-3.0, -4.0, 1.0, 2.0], f"(1, 2 | 3, 4) turns to {turned} instead of [-3.0, -4.0, 1.0, 2.0]"
 
 
 @settings(max_examples=examples(150))
@@ -313,7 +313,7 @@ def test_t30_attention_equals_the_plain_sum(seed, kv_heads, group, queries, slot
 @settings(max_examples=examples(60))
 @given(seed=st.integers(0, 9999), batch=st.integers(1, 4), queries=st.integers(1, 4), slots=st.integers(1, 9))
 def test_attention_of_a_batch_is_that_of_its_rows(seed, batch, queries, slots):
-    """A leading batch axis changes nothing, with a mask for each row."""
+    """Attention over a batch gives each row what it gets alone, with a mask of its own."""
     rows = [random_attention(seed + row, 6, 2, queries, slots, 4) for row in range(batch)]
     together = ours.attention(*(torch.stack(tensors) for tensors in zip(*rows)))
     for row, tensors in enumerate(rows):

@@ -110,7 +110,7 @@ def test_t38_temperature_top_k_top_p_and_min_p_keep_the_tokens_that_hugging_face
 
 @given(seed=seeds_strategy, vocab_size=st.integers(2, 40), k=st.integers(1, 45), p=st.floats(0.001, 0.999))
 def test_t38_top_p_keeps_the_token_that_crosses_p(seed, vocab_size, k, p):
-    """The most likely tokens stay until they sum to p: the sum without the last one is below p, with it p is reached."""
+    """With top_p the likeliest tokens stay until they sum to p: without the last one the sum is below p, with it p is reached."""
     logits = random_logits(seed, 1, vocab_size)
     result = sampler.top_p(logits, torch.tensor([p]))
     survivors = logits.double().softmax(-1)[result > NEVER].sort(descending=True).values
@@ -125,7 +125,7 @@ def test_t38_top_p_keeps_the_token_that_crosses_p(seed, vocab_size, k, p):
 
 @given(seed=seeds_strategy, vocab_size=st.integers(3, 40), k=st.integers(1, 40))
 def test_t39_top_k_keeps_k_tokens_and_what_ties_with_the_last(seed, vocab_size, k):
-    """Exactly the tokens stay that fewer than k others beat, as in Hugging Face, also where many logits are equal."""
+    """With top_k exactly the tokens stay that fewer than k others beat, as in Hugging Face, also where many logits are equal."""
     logits = random_logits(seed, 2, vocab_size).round().clamp(-1, 1)  # three values: ties everywhere
     result = sampler.top_k(logits, torch.tensor([min(k, vocab_size)] * 2), min(k, vocab_size))
     theirs = hf.TopKLogitsWarper(k)(None, logits)
@@ -135,10 +135,10 @@ def test_t39_top_k_keeps_k_tokens_and_what_ties_with_the_last(seed, vocab_size, 
 
 
 def test_t39_top_p_keeps_equal_tokens_together():
-    """Of four equally likely tokens p = 0.3 can't prefer one: equal tokens stay or go together."""
+    """Of four equally likely tokens top_p = 0.3 can't prefer one: equal tokens stay or go together."""
     logits = torch.tensor([[1.0, 1.0, 1.0, 1.0, NEVER, -50.0]])
     result = kept(sampler.top_p(logits, torch.tensor([0.3])))[0]
-    assert result == {0, 1, 2, 3}, f"tokens {result} are kept"
+    assert result == {0, 1, 2, 3}, f"top_p = 0.3 of four equal tokens keeps {result} instead of {{0, 1, 2, 3}}"
 
 
 @pytest.mark.parametrize("top_k", [-1, 0, 7, 8, 10**9])
@@ -157,7 +157,7 @@ def test_t39_tokens_at_minus_infinity_stay_there():
     for params in (SamplingParams(), SamplingParams(top_k=4), SamplingParams(top_p=0.999),
                    SamplingParams(top_k=4, top_p=0.999, min_p=0.01)):
         drawn = set(sample(logits.expand(500, 9), repeat(metadata_of(params, 9), 500)).tolist())
-        assert drawn == {3, 5}, f"500 draws gave tokens {drawn}, with {params}"
+        assert drawn == {3, 5}, f"500 draws gave tokens {drawn} instead of {{3, 5}}, with {params}"
 
 
 @pytest.mark.parametrize("top_p", [1e-30, 1e-60])
@@ -165,7 +165,7 @@ def test_t38_the_smallest_top_p_keeps_the_likeliest(top_p):
     """Even a top_p that float32 can't tell from 0 leaves one token."""
     logits = random_logits(3, 50, 12)
     tokens = sample(logits, repeat(metadata_of(SamplingParams(top_p=top_p), 12), 50))
-    assert torch.equal(tokens, logits.argmax(-1)), f"top_p={top_p} drew {tokens.tolist()}"
+    assert torch.equal(tokens, logits.argmax(-1)), f"top_p={top_p} drew {tokens.tolist()} instead of {logits.argmax(-1).tolist()}"
 
 
 # Masks and penalties

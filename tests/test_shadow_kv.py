@@ -9,6 +9,7 @@ import textwrap
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from shadow_kv import play, speculating_workloads, workloads
+from telling import is_learners
 
 from minivllm import kv_cache, speculative
 from minivllm.block_pool import BlockPool
@@ -158,6 +159,8 @@ CASES = [(*bug, workloads) for bug in PLANTED] + [(*bug, speculating_workloads) 
 @pytest.mark.parametrize(("bug", "function", "right", "wrong", "draw"), CASES, ids=[bug for bug, *_ in CASES])
 def test_the_harness_catches(bug, function, right, wrong, draw, monkeypatch):
     """A planted bug does not survive the workloads: a harness that cannot fail proves nothing."""
+    if is_learners(function):
+        pytest.skip(f"{function.__qualname__} stands in a learner's file, which need not say {right!r}")
     source = textwrap.dedent(inspect.getsource(function))
     assert source.count(right) == 1, f"{function.__qualname__} has no longer one place that says {right!r}"
     module = sys.modules[function.__module__]

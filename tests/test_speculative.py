@@ -19,6 +19,7 @@ from depth import examples
 from flex_double import flex_on_cpu  # noqa: F401 - a fixture
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from telling import refused
 from test_async_scheduling import DRAFT, FAULTS, Ask, all_logprobs, asks, assert_clean, assert_same, play
 from test_async_scheduling import KNOBS as ENGINES
 from test_engine import VOCAB, greedy, make_llm, model_and_folder, prompts_of, run_alone, tokens_of
@@ -521,7 +522,7 @@ def test_a_launched_step_says_the_accepted_run_alone():
 
 @given(st.lists(st.integers(0, 2), max_size=6), st.lists(st.integers(0, 2), min_size=7, max_size=7))
 def test_a_run_is_the_longest_matching_prefix_and_one_more(drafts, sampled):
-    """In plain words: walk while the guess is what was sampled, and keep the first sample that differs."""
+    """A run is the samples as far as the drafts were the same, and the first sample behind them."""
     sampled = sampled[: len(drafts) + 1]
     expected = []
     for draft, token_id in zip([*drafts, None], sampled):
@@ -533,16 +534,16 @@ def test_a_run_is_the_longest_matching_prefix_and_one_more(drafts, sampled):
 
 
 def test_one_row_too_few_is_our_mistake_and_says_so():
-    """A verification that does not sample behind the last draft is refused with a sentence."""
-    for num_sampled in (2, 4):
-        with pytest.raises(AssertionError, match="draft"):
-            accepted_run([1, 2], [1] * num_sampled)
+    """Samples that are not one more than the drafts are refused with an assert that has a message."""
+    for sampled in ([1, 1], [1, 1, 1, 1]):
+        with refused(f"accepted_run([1, 2], {sampled})"):
+            accepted_run([1, 2], sampled)
 
 
 @given(st.lists(st.one_of(st.integers(0, 2), st.sampled_from([256, 65_536, 1 << 40])), max_size=30), st.integers(1, 4),
        st.integers(1, 4), st.integers(1, 5))
 def test_look_up_finds_the_first_place_of_the_longest_end(token_ids, one, other, k):
-    """Against the slow way: every place, token by token."""
+    """What is found stands behind the first place of the longest end, as the slow way says: every place, token by token."""
     shortest, longest = sorted((one, other))
     expected = []
     for length in range(longest, shortest - 1, -1):
@@ -555,7 +556,7 @@ def test_look_up_finds_the_first_place_of_the_longest_end(token_ids, one, other,
 
 
 def test_a_draft_is_what_followed_the_last_time():
-    """The longest end counts, of its places the first, and no match begins in the middle of a token."""
+    """A draft is what followed the longest end of the text at its first place, and no place begins in the middle of a token."""
     cases = {"a longer end tells more": ([5, 8, 1, 7, 5, 8, 2, 7, 5, 8], 3, 1, 2, [2, 7]),
              "the first place has the most behind it": ([4, 4, 4, 4], 1, 1, 3, [4, 4, 4]),
              "nothing stood there before": ([1, 2, 3], 3, 1, 4, []),

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
+from telling import is_learners
 from test_engine import greedy, make_llm, prompts_of
 
+from minivllm.scheduler import Scheduler
 from minivllm.trace import KEYFRAME_EVERY, read_trace, replay, to_ranges
 
 
@@ -58,6 +60,7 @@ def test_a_keyframe_says_what_the_differences_say(tmp_path):
     assert to_ranges(state.cached) == keyframe["cached"] != [], "and so they do about the prefix cache"
 
 
+@pytest.mark.skipif(is_learners(Scheduler), reason="a learner's scheduler may decide without a word")
 def test_decisions_say_who_waits_for_what(tmp_path):
     """A request that does not fit is named with the blocks that it needs and those that are free."""
     path = str(tmp_path / "wait.trace.jsonl")

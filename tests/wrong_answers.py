@@ -95,6 +95,9 @@ WRONG: dict[str, tuple[tuple[str, str], ...]] = {
         ("            self.ref_counts[block_id] = 1\n", ""),
         ("self.free_queue.popitem(last=False)", "self.free_queue.popitem()"),
         ('            assert self.ref_counts[block_id] > 0, f"block {block_id} is freed twice: no table holds it"\n', ""),
+        ("                if block_id not in self.block_hashes:\n                    self.free", "                if block_id not in self.cached_blocks:\n                    self.free"),
+        ("            block_ids.append(block_id)\n        return block_ids", "            block_ids.append(block_id)"),
+        ('f"{num_blocks} blocks wanted, {len(self.free_queue)} free"', '"too many"'),
     ),
     "08a-slot-mapping": (
         ("positions // block_size].long()", "positions // block_size]"),  # T30: overflows
@@ -103,6 +106,8 @@ WRONG: dict[str, tuple[tuple[str, str], ...]] = {
         ("slots = block_ids * block_size + positions % block_size", "slots = block_ids * block_size + (positions - 1) % block_size"),
     ),
     "08b-gather": (
+        ("    return slot_mapping(block_table, rows, positions, block_size)",
+         "    return block_table.gather(1, positions // block_size) * block_size + positions % block_size"),  # T30: overflows
         (".minimum(last)", " + 0 * last"),  # T24: reads what nobody wrote
         (".minimum(last)", ".minimum(last + 1)"),
         ("    return flat.view(cache.shape[0], *slots.shape, cache.shape[2])",
