@@ -76,7 +76,7 @@ class BlockPool:
         the caller's mistake, and an assert says so with the block's number.
         """
         for block_id in block_ids:
-            assert self.ref_counts[block_id] > 0, f"block {block_id} is freed twice: no table holds it"
+            assert self.ref_counts[block_id] > 0, f"block {block_id} is freed, and no table holds it"
             self.ref_counts[block_id] -= 1
             if self.ref_counts[block_id] == 0:
                 self.free_queue[block_id] = None

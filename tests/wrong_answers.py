@@ -94,7 +94,7 @@ WRONG: dict[str, tuple[tuple[str, str], ...]] = {
         ("                if block_id not in self.block_hashes:\n                    self.free_queue.move_to_end(block_id, last=False)\n", ""),
         ("            self.ref_counts[block_id] = 1\n", ""),
         ("self.free_queue.popitem(last=False)", "self.free_queue.popitem()"),
-        ('            assert self.ref_counts[block_id] > 0, f"block {block_id} is freed twice: no table holds it"\n', ""),
+        ('            assert self.ref_counts[block_id] > 0, f"block {block_id} is freed, and no table holds it"\n', ""),
         ("                if block_id not in self.block_hashes:\n                    self.free", "                if block_id not in self.cached_blocks:\n                    self.free"),
         ("            block_ids.append(block_id)\n        return block_ids", "            block_ids.append(block_id)"),
         ('f"{num_blocks} blocks wanted, {len(self.free_queue)} free"', '"too many"'),
