@@ -316,7 +316,7 @@ def test_who_has_no_key_is_asked_once(server, browser):
 
 
 def test_a_static_page_embeds_a_recorded_trace(browser, recorded):
-    """Files and no server: the address in the attribute or in the page's own address."""
+    """Files and no server: the address in the attribute or in the page's own address, or else a file of the reader's."""
     context = browser.new_context()
 
     def serve(route):
@@ -338,6 +338,12 @@ def test_a_static_page_embeds_a_recorded_trace(browser, recorded):
         page.click("[aria-label='Forward one step']")
         wait_for_text(page, ".decisions", "request 1 starts")
         assert not page.is_visible("text=Close trace")
+    page.goto("http://docs.test/any")
+    page.set_input_files("[type=file]", {"name": "none.jsonl", "mimeType": "", "buffer": b"no trace"})
+    wait_for_text(page, "[role=alert]", "none.jsonl")
+    page.set_input_files("[type=file]", recorded)
+    wait_for_text(page, ".place", "step 0 of")
+    assert not page.inner_text("[role=alert]"), "what was wrong with the first file is still said"
     context.close()
 
 
