@@ -9,10 +9,10 @@ runs: it follows `SchedulerOutput` to the letter.
 step finds them, and to the host, which reads them when it asks for the result. Logits are computed only where a token is
 sampled: the head of Qwen2.5-0.5B is 27 % of the model's arithmetic. vLLM: vllm/v1/worker/gpu/model_runner.py.
 
-A step takes one of three ways, the first that fits: a decode graph (every request gets its next token), a prompt graph (few
-tokens), or kernel by kernel. All three read the same rows and write the same slots, so any step may take any of them.
+A step takes one of four ways, the first that fits: a decode graph (every request gets its next token), a verification graph (some
+guess ahead), a prompt graph (few tokens), or kernel by kernel. All read the same rows and write the same slots.
 
-    rows.positions[row] == batch.num_computed[row]      once a step is launched, whichever way it took
+    rows.positions[row] == batch.num_computed[row]      once a step is launched and its wrong guesses are taken back
 """
 
 from __future__ import annotations
