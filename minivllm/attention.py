@@ -182,7 +182,8 @@ def allocate_kv_cache(num_layers: int, num_blocks: int, block_size: int, num_kv_
 
 def zero_blocks(kv_cache: Tensor, block_ids: Tensor, block_size: int) -> None:
     """Zero the blocks that are being handed out, so that no earlier owner's values (or NaN) can be read: one kernel a step."""
-    kv_cache.flatten(0, 2).unflatten(1, (-1, block_size)).index_fill_(1, block_ids, 0)  # a view (all heads, N, P, D)
+    slots = (block_ids[:, None] * block_size + torch.arange(block_size, device=block_ids.device)).flatten()
+    kv_cache[..., slots, :] = 0  # no view of it: compiled, a write to a view would copy the whole cache
 
 
 class PagedAttention:

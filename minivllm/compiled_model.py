@@ -15,6 +15,7 @@ it (`one_token.py`), and one of up to 256 its own way through two of the matrice
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -58,17 +59,27 @@ def after_attention(layer: DecoderLayer, x: Tensor, seen: Tensor) -> Tensor:
     return layer.after_attention(x[None], seen)[0]
 
 
-# Generated code is the faster matrix product for one token: coordinate descent finds its tiles. The second switch keeps
-# silu(gate) * up from being computed anew for every row of `down`. With the third a kernel starts while the one before it ends, and
-# waits only where it reads what that one wrote (Programmatic Dependent Launch).
-ONE_TOKEN: dict[str, Any] = {"coordinate_descent_tuning": True, "realize_acc_reads_threshold": 1, "triton.enable_pdl": True}
+# The first switch keeps silu(gate) * up from being computed anew for every row of `down`. With the second a kernel starts while the
+# one before it ends, and waits only where it reads what that one wrote (Programmatic Dependent Launch).
+ONE_TOKEN: dict[str, Any] = {"realize_acc_reads_threshold": 1, "triton.enable_pdl": True}
+
+
+def small_tiles() -> AbstractContextManager[None]:
+    """As long as this lasts, what is compiled in this thread has the tiles of `row_tiles.py`."""
+    from torch._inductor.virtualized import V  # the compiler: two seconds
+
+    from minivllm.row_tiles import RowTiles
+
+    return V.set_choices_handler(RowTiles())
 
 
 class OneAndMany:
     """A function compiled twice, for one token and for any other number of them: torch.compile would part the two anyway."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
-        self.one = torch.compile(function, dynamic=False, options=ONE_TOKEN)
+        from minivllm.row_tiles import RowTiles  # the compiler: two seconds
+
+        self.one = torch.compile(function, dynamic=False, options=ONE_TOKEN | {"inductor_choices_class": RowTiles})
         self.many = torch.compile(function, dynamic=True)
 
     def __call__(self, num_tokens: int, *args: Any) -> Any:
@@ -85,8 +96,12 @@ class CompiledModel:
             split_linears(layer)  # type: ignore[arg-type]
         self.opening, self.between, self.closing = OneAndMany(opening), OneAndMany(between), OneAndMany(closing)
 
-    def __call__(self, input_ids: Tensor, positions: Tensor, kv_caches: Sequence[PagedAttention], metadata: Any) -> Tensor:
-        """Ids and positions (T,) to hidden states (T, E), after the final norm."""
+    def __call__(self, input_ids: Tensor, positions: Tensor, kv_caches: Sequence[PagedAttention], metadata: Any,
+                 wanted: Tensor | None = None) -> Tensor:
+        """Ids and positions (T,) to hidden states (T, E) after the final norm, or to those of the `wanted` tokens (R,) alone.
+
+        What a prompt's tokens have to give is in the cache before the last layer's second half, so only those go through it.
+        """
         num_tokens, layers, slots = len(input_ids), self.model.layers, metadata.slot_mapping
         before: Callable[..., Tensor] = one_token.before_attention if num_tokens == 1 else DecoderLayer.before_attention
         after = one_token.after_attention if num_tokens == 1 else after_attention
@@ -95,4 +110,9 @@ class CompiledModel:
             seen = kv_caches[index].attend(q, metadata)
             x, q = self.between(num_tokens, layers[index], layers[index + 1], x, seen, cos, sin, kv_caches[index + 1], slots,
                                 before, after)
-        return self.closing(num_tokens, self.model, x, kv_caches[-1].attend(q, metadata), after)
+        seen = kv_caches[-1].attend(q, metadata)
+        if wanted is not None:
+            x, seen = x[wanted], seen[wanted]
+        if len(x) == 0:  # nobody samples: all are in the middle of their prompts
+            return x
+        return self.closing(len(x), self.model, x, seen, one_token.after_attention if len(x) == 1 else after_attention)

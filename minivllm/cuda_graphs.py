@@ -20,9 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minivllm import one_token
 from minivllm.attention import PagedAttention, slot_mapping
 from minivllm.compiled_model import OneAndMany
-from minivllm.flex_attention import DecodeMetadata, FlexMetadata, decode_metadata
+from minivllm.flex_attention import FlexMetadata, decode_metadata, ends
 from minivllm.input_batch import RowTensors, upload
 from minivllm.model import Qwen2ForCausalLM
 from minivllm.sampler import sample_plain
@@ -41,20 +42,44 @@ def bucket_of(num_requests: int, max_num_seqs: int) -> int:
     return next(size for size in bucket_sizes(max_num_seqs) if size >= num_requests)
 
 
-def read_rows(rows: RowTensors, index: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Newest token, its position and its slot (B,), and the block tables (B, blocks), of the rows in `index` (B,) int64.
+def record(compute: Callable[[int], Any], sizes: Sequence[int]) -> tuple[dict[int, torch.cuda.CUDAGraph], dict[int, Any], float]:
+    """One graph of `compute(size)` for each size, what each of them returns, and the seconds that recording took.
+
+    The others went into compiling, which has to be over by then: a graph holds kernels, and no compiler. The largest size comes
+    first, so that the others reuse its memory.
+    """
+    pool, seconds = torch.cuda.graph_pool_handle(), 0.0
+    graphs, results = {}, {}
+    for size in reversed(sizes):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UP_RUNS):
+                compute(size)
+        torch.cuda.current_stream().wait_stream(stream)
+        graphs[size], began = torch.cuda.CUDAGraph(), time.perf_counter()
+        with torch.cuda.graph(graphs[size], pool=pool):
+            results[size] = compute(size)
+        seconds += time.perf_counter() - began
+    return graphs, results, seconds
+
+
+def read_rows(rows: RowTensors, index: Tensor, block_size: int) -> tuple[Tensor, ...]:
+    """Of the rows in `index` (B,) int64: newest token, its position and slot (B,), block tables (B, blocks), `ends` of these.
 
     The rows move on by one position; that of the padding row stays 0.
     """
     positions = rows.positions[index]
     rows.positions[index] = torch.where(index == rows.padding_row, 0, positions + 1)
     input_ids = rows.token_ids[index, positions.long()]
-    return input_ids, positions, slot_mapping(rows.block_table, index, positions.long(), block_size), rows.block_table[index]
+    table = rows.block_table[index]
+    slots = slot_mapping(rows.block_table, index, positions.long(), block_size)
+    return input_ids, positions, slots, table, *ends(positions, table, block_size)
 
 
 def head(model: Qwen2ForCausalLM, hidden: Tensor) -> Tensor:
-    """Logits (R, V) of hidden states (R, E)."""
-    return model.compute_logits(hidden)
+    """Logits (R, V) of hidden states (R, E), to be compiled."""
+    return model.compute_logits(hidden) if len(hidden) > 1 else one_token.compute_logits(model, hidden)
 
 
 def sample_into_rows(logits: Tensor, rows: RowTensors, index: Tensor) -> Tensor:
@@ -85,37 +110,20 @@ class DecodeGraphs:
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self.results: dict[int, tuple[Tensor, Tensor]] = {}
         self.read_rows: Any = OneAndMany(read_rows) if use_compile else lambda _, *args: read_rows(*args)
-        self.compute_logits: Any = OneAndMany(head) if use_compile else lambda _, *args: head(*args)
+        self.compute_logits: Any = OneAndMany(head) if use_compile else lambda _, model, hidden: model.compute_logits(hidden)
         self.sample_into_rows: Any = torch.compile(sample_into_rows, dynamic=True) if use_compile else sample_into_rows
 
     def capture(self) -> float:
-        """Compile and record every bucket, the largest first so that the others reuse its memory. Touches the null block only.
-
-        Returns the seconds that recording took; the others went into compiling.
-        """
-        pool, seconds = torch.cuda.graph_pool_handle(), 0.0
-        for cache in self.kv_caches:
-            torch._dynamo.mark_static(cache.kv_cache)  # its shape is a constant of every kernel
-        for size in reversed(bucket_sizes(self.max_num_seqs)):
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                for _ in range(WARM_UP_RUNS):
-                    self.compute(size)
-            torch.cuda.current_stream().wait_stream(stream)
-            graph, began = torch.cuda.CUDAGraph(), time.perf_counter()
-            with torch.cuda.graph(graph, pool=pool):
-                self.results[size] = self.compute(size)
-            self.graphs[size] = graph
-            seconds += time.perf_counter() - began
+        """Compile and record every bucket. Touches the null block only. Returns the seconds that recording took."""
+        self.graphs, self.results, seconds = record(self.compute, bucket_sizes(self.max_num_seqs))
         return seconds
 
     def compute(self, size: int) -> tuple[Tensor, Tensor]:
         """One decode step of the first `size` entries of `index`: logits (B, V) and a token (B,) for each."""
         cache, config, index = self.kv_caches[0], self.model.config, self.index[:size]
-        input_ids, positions, slots, table = self.read_rows(size, self.rows, index, cache.block_size)
+        input_ids, positions, slots, table, *last = self.read_rows(size, self.rows, index, cache.block_size)
         group = config.num_attention_heads // config.num_key_value_heads
-        decode: DecodeMetadata = decode_metadata(positions, table, cache.block_size, cache.key_cache.shape[1], group)
+        decode = decode_metadata(last, table, cache.block_size, cache.key_cache.shape[1], group)
         hidden = self.forward(input_ids, positions, self.kv_caches, FlexMetadata(slots, decode, None, size))  # (B, E)
         logits = self.compute_logits(size, self.model, hidden)
         return logits, self.sample(logits, index)

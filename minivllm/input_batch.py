@@ -109,6 +109,13 @@ class StepInputs:
         """Every request computes one token and gets the next one."""
         return self.num_decodes == len(self.rows) and bool(self.samples.all())
 
+    @property
+    def sampling_tokens(self) -> np.ndarray:
+        """Which of the T tokens get a next one (R,): of each request that samples its newest known token and its guesses."""
+        counts = 1 + self.num_drafts[self.samples]
+        firsts = np.cumsum(self.query_lens)[self.samples] - counts
+        return np.arange(counts.sum()) + np.repeat(firsts - (np.cumsum(counts) - counts), counts)
+
 
 class InputBatch:
     """Who has which row. `num_computed` positions of a row have KV; `num_tokens` exist, though the newest may be known to the
@@ -165,11 +172,13 @@ class InputBatch:
     def prepare(self, output: SchedulerOutput) -> StepInputs:
         """The flat arrays of this step. `num_computed` advances here, as it has in the scheduler."""
         scheduled, drafts = output.num_scheduled_tokens, output.scheduled_spec_decode_tokens
-        # Decodes first: attention reads their contexts in one kernel. The order does not change any result.
-        request_ids = sorted(scheduled, key=lambda request_id: scheduled[request_id] > 1)
-        rows = np.fromiter((self.row_of[request_id] for request_id in request_ids), dtype=np.int64, count=len(request_ids))
-        query_lens = np.fromiter((scheduled[request_id] for request_id in request_ids), dtype=np.int64, count=len(request_ids))
-        num_drafts = np.array([len(drafts.get(request_id, ())) for request_id in request_ids], dtype=np.int64)
+        rows = np.fromiter((self.row_of[request_id] for request_id in scheduled), dtype=np.int64, count=len(scheduled))
+        query_lens = np.fromiter(scheduled.values(), dtype=np.int64, count=len(scheduled))
+        num_drafts = np.array([len(drafts.get(request_id, ())) for request_id in scheduled], dtype=np.int64)
+        # Decodes first: attention reads their contexts in one kernel. Of them the longest first: it begins with those, and the
+        # short ones fill the gaps at its end. The order does not change any result.
+        order = np.lexsort((-self.num_computed[rows], query_lens > 1))
+        rows, query_lens, num_drafts = rows[order], query_lens[order], num_drafts[order]
         computed = self.num_computed[rows]
         starts = np.cumsum(query_lens) - query_lens  # (B,) where each request's tokens begin in the flat batch
         seq_lens = computed + query_lens

@@ -247,9 +247,13 @@ class Qwen2ForCausalLM(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
         self.requires_grad_(False)
 
-    def forward(self, input_ids: Tensor, positions: Tensor, kv_caches: Sequence[AttentionLayer], metadata: Any) -> Tensor:
-        """Ids and positions (T,) of any mix of requests to hidden states (T, E), after the final norm."""
-        return self.model(input_ids, positions, kv_caches, metadata)
+    def forward(self, input_ids: Tensor, positions: Tensor, kv_caches: Sequence[AttentionLayer], metadata: Any,
+                wanted: Tensor | None = None) -> Tensor:
+        """Ids and positions (T,) of any mix of requests to hidden states after the final norm, (T, E), or (R, E) of the tokens
+        `wanted` (R,).
+        """
+        hidden = self.model(input_ids, positions, kv_caches, metadata)
+        return hidden if wanted is None else hidden[wanted]
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """Hidden states (R, E), only of the rows that need a next token, to logits (R, V): 300 million flops a row at 0.5B."""

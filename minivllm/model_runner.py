@@ -26,18 +26,16 @@ from torch import Tensor
 
 from minivllm.async_output import AsyncOutput, PromptLogprobs
 from minivllm.attention import AttentionMetadata, PagedAttention, allocate_kv_cache, slot_mapping, zero_blocks
-from minivllm.compiled_model import CompiledModel
 from minivllm.config import EngineConfig
 from minivllm.cuda_graphs import DecodeGraphs
 from minivllm.flex_attention import FlexPagedAttention
 from minivllm.input_batch import InputBatch, RowTensors, StepInputs, upload
 from minivllm.logprobs import WHOLE_VOCABULARY, compute_logprobs, prompt_logprobs
 from minivllm.model import Qwen2ForCausalLM
-from minivllm.prompt_graphs import PromptGraphs, padding_inputs, token_buckets, ungraphed_metadata
+from minivllm.prompt_graphs import PromptGraphs, ungraphed_metadata
 from minivllm.sampler import sample
 from minivllm.sampling_metadata import RowParams, SamplingMetadata, encode_bad_words
 from minivllm.scheduler_output import Rewind, SchedulerOutput
-from minivllm.split_linear import MOST_TOKENS
 from minivllm.standing_attention import StandingAttention
 from minivllm.verify_graphs import AcceptedRuns, VerifyGraphs
 
@@ -69,7 +67,8 @@ class ModelRunner:
         self.rows = RowTensors(config.max_num_seqs, config.max_model_len, config.num_blocks, config.block_size, device)
         self.sampling_key: list[int] = []  # whom `metadata` is about
         self.metadata: SamplingMetadata
-        self.forward_model: Callable[..., Tensor] = model  # compiled by `warm_up`, where that is possible
+        self.forward_model: Callable[..., Tensor] = model  # this and the next one: compiled by `warm_up`, where that is possible
+        self.zero_blocks: Callable[..., None] = zero_blocks
         self.graphs: DecodeGraphs | None = None  # these three: after `warm_up`, with the compiled attention alone
         self.prompt_graphs: PromptGraphs | None = None
         self.verify_graphs: VerifyGraphs | None = None
@@ -87,8 +86,11 @@ class ModelRunner:
         if self.verify_graphs is not None and self.verify_graphs.fits(inputs):
             return self.verify(inputs, drafts, self.verify_graphs)
         self.write_drafts(drafts)
+        wanted = upload(inputs.sampling_tokens, self.device)
+        if not self.batch.wants_prompt_logprobs:
+            return self.sample(inputs, self.forward(inputs, wanted), {}, drafts)
         hidden = self.forward(inputs)
-        return self.sample(inputs, hidden, self.prompt_logprobs(inputs, hidden), drafts)
+        return self.sample(inputs, hidden[wanted], self.prompt_logprobs(inputs, hidden), drafts)
 
     @torch.inference_mode()
     def warm_up(self) -> float:
@@ -98,20 +100,9 @@ class ModelRunner:
         """
         if not self.uses_flex or (self.config.enforce_eager and self.device.type == "cuda"):
             return 0.0
-        on_gpu = self.device.type == "cuda"
-        self.forward_model = CompiledModel(self.model) if on_gpu else self.model
-        buckets = token_buckets(self.config.max_num_batched_tokens or 0, sum(weight.numel() for weight in self.model.parameters()))
-        self.prompt_graphs = PromptGraphs(self.forward_model, self.kv_caches, self.rows, buckets, use_graphs=on_gpu)
-        self.graphs = DecodeGraphs(self.model, self.forward_model, self.kv_caches, self.rows, self.config.max_num_seqs,
-                                   use_graphs=on_gpu, use_compile=on_gpu)
-        self.verify_graphs = VerifyGraphs(self.graphs, self.num_drafts) if self.num_drafts else None
-        if on_gpu:
-            seconds = self.graphs.capture() + (self.verify_graphs.capture() if self.verify_graphs else 0.0)
-            # Steps beyond the largest graph run uncaptured, and their first one must not be the one that compiles.
-            for inputs in [padding_inputs(number, self.rows.padding_row) for number in (2, MOST_TOKENS + 2)]:  # few, and many
-                self.forward_ungraphed(inputs, *self.upload(inputs.rows, inputs.seq_lens))
-            return seconds + self.prompt_graphs.capture()
-        return 0.0
+        from minivllm.warm_up import warm_up
+
+        return warm_up(self)
 
     def run_graph(self, inputs: StepInputs, graphs: DecodeGraphs) -> AsyncOutput:
         """A step in which every request gets its next token. What the graph does not know of sampling is done after it."""
@@ -155,7 +146,7 @@ class ModelRunner:
             # The blocks before num_computed_tokens are prefix hits: they hold what others have computed.
             hits = [new.num_computed_tokens // self.block_size for new in output.new_requests] + [0] * len(output.new_block_ids)
             new_blocks = np.array([block for table, num_hits in zip(tables, hits) for block in table[num_hits:]], dtype=np.int64)
-            zero_blocks(self.kv_cache, upload(new_blocks, self.device), self.block_size)
+            self.zero_blocks(self.kv_cache, upload(new_blocks, self.device), self.block_size)
 
     def write_drafts(self, drafts: Mapping[str, list[int]]) -> None:
         """Put guesses into their rows, behind the known tokens: they stand there like tokens, until `rewind`."""
@@ -181,21 +172,21 @@ class ModelRunner:
         self.rows.positions[index] = known.int()
         return index, known
 
-    def forward(self, inputs: StepInputs) -> Tensor:
-        """One pass over T tokens of B requests; returns hidden states (T, E)."""
+    def forward(self, inputs: StepInputs, wanted: Tensor | None = None) -> Tensor:
+        """One pass over T tokens of B requests, to the hidden states of those `wanted` (R, E), or of all (T, E)."""
         rows, seq_lens = self.set_positions(inputs.rows, inputs.seq_lens)
         if self.prompt_graphs is not None and self.prompt_graphs.fits(inputs):
-            return self.prompt_graphs.run(inputs)
-        return self.forward_ungraphed(inputs, rows, seq_lens)
+            return self.prompt_graphs.run(inputs)[slice(None) if wanted is None else wanted]
+        return self.forward_ungraphed(inputs, rows, seq_lens, wanted)
 
-    def forward_ungraphed(self, inputs: StepInputs, rows: Tensor, seq_lens: Tensor) -> Tensor:
+    def forward_ungraphed(self, inputs: StepInputs, rows: Tensor, seq_lens: Tensor, wanted: Tensor | None) -> Tensor:
         """The same for a step of any shape."""
         token_rows, positions = self.upload(inputs.token_rows, inputs.positions)
         input_ids = self.rows.token_ids[token_rows, positions]  # (T,)
         slots = slot_mapping(self.rows.block_table, token_rows, positions, self.block_size)  # (T,)
         metadata = (self.paged_metadata(inputs, rows, seq_lens, slots) if not self.uses_flex else
                     ungraphed_metadata(inputs, slots, self.rows, self.kv_caches[0], self.model.config, self.config.max_num_seqs))
-        return self.forward_model(input_ids, positions, self.kv_caches, metadata)
+        return self.forward_model(input_ids, positions, self.kv_caches, metadata, wanted)
 
     def paged_metadata(self, inputs: StepInputs, rows: Tensor, seq_lens: Tensor, slots: Tensor) -> AttentionMetadata:
         """What the readable attention has to know of a step."""
@@ -206,18 +197,15 @@ class ModelRunner:
                                  [self.batch.request(row).admission for row in inputs.rows])
 
     def sample(self, inputs: StepInputs, hidden: Tensor, prompts: PromptLogprobs, drafts: Mapping[str, list[int]]) -> AsyncOutput:
-        """One token for every request that this step has brought to its newest one, and one behind each of its drafts; other
-        requests are still in their prompt.
-        """
+        """One token for every request that this step has brought to its newest one, and one behind each draft: hidden is (R, E)."""
         rows, num_sampled = inputs.rows[inputs.samples], 1 + inputs.num_drafts[inputs.samples]
         if len(rows) == 0:
             return AsyncOutput(prompt_logprobs=prompts)
         # How far each sampled token is from its request's last: 0, or 2, 1, 0 behind two drafts.
         back = np.repeat(np.cumsum(num_sampled), num_sampled) - np.arange(num_sampled.sum()) - 1  # (R,)
-        last = np.repeat(np.cumsum(inputs.query_lens)[inputs.samples] - 1, num_sampled) - back  # in the flat batch
         rows = np.repeat(rows, num_sampled)
-        last, index, behind = self.upload(last, rows, back)  # (R,) each, in one copy
-        logits = self.model.compute_logits(hidden[last])  # (R, V)
+        index, behind = self.upload(rows, back)  # (R,) each, in one copy
+        logits = self.model.compute_logits(hidden)  # (R, V)
         # The plain sampler is compiled, and good for one token a row: behind drafts a row has several, each at a place of its own.
         if self.graphs is not None and not self.batch.wants_more_than_temperature and not back.any():
             return self.launched(rows, logits, self.graphs.sample(logits, index), prompts, drafts)
@@ -269,8 +257,6 @@ class ModelRunner:
     def prompt_logprobs(self, inputs: StepInputs, hidden: Tensor) -> PromptLogprobs:
         """For requests that asked: logprobs of the prompt tokens that this step's positions predict. Waits for the device."""
         found: PromptLogprobs = {}
-        if not self.batch.wants_prompt_logprobs:
-            return found
         starts = np.cumsum(inputs.query_lens) - inputs.query_lens
         for index, row in enumerate(inputs.rows):
             request = self.batch.request(row)

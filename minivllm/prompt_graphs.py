@@ -14,7 +14,6 @@ vLLM captures mixed steps piecewise, attention left out; here it is inside, beca
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -23,8 +22,8 @@ from torch import Tensor
 
 from minivllm.attention import PagedAttention, slot_mapping
 from minivllm.config import ModelConfig
-from minivllm.cuda_graphs import bucket_of
-from minivllm.flex_attention import QUERY_TILE, FlexMetadata, cut_into_tiles, decode_metadata, prefill_metadata
+from minivllm.cuda_graphs import bucket_of, record
+from minivllm.flex_attention import QUERY_TILE, FlexMetadata, cut_into_tiles, decode_metadata, ends, prefill_metadata
 from minivllm.input_batch import RowTensors, StepInputs, upload
 
 TOKEN_BUCKETS = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
@@ -75,18 +74,8 @@ class PromptGraphs:
         return np.concatenate((tokens.ravel(), tiles.ravel()))
 
     def capture(self) -> float:
-        """Record every bucket, the largest first so that the others reuse its memory. Touches the null block only.
-
-        Returns the seconds that recording took.
-        """
-        pool, seconds = torch.cuda.graph_pool_handle(), 0.0
-        for size in reversed(self.buckets):
-            self.compute(size)
-            graph, began = torch.cuda.CUDAGraph(), time.perf_counter()
-            with torch.cuda.graph(graph, pool=pool):
-                self.results[size] = self.compute(size)
-            self.graphs[size] = graph
-            seconds += time.perf_counter() - began
+        """Compile and record every bucket. Touches the null block only. Returns the seconds that recording took."""
+        self.graphs, self.results, seconds = record(self.compute, self.buckets)
         return seconds
 
     def compute(self, size: int) -> Tensor:
@@ -125,18 +114,11 @@ def ungraphed_metadata(inputs: StepInputs, slots: Tensor, rows: RowTensors, cach
         padded = np.zeros((2, bucket_of(count, max_num_seqs)), dtype=np.int64)
         padded[0], padded[0, :count], padded[1, :count] = rows.padding_row, inputs.rows[:count], inputs.positions[:count]
         index, positions = upload(padded, rows.device)
-        decode = decode_metadata(positions.int(), rows.block_table[index], cache.block_size, cache.key_cache.shape[1], group)
+        table = rows.block_table[index]
+        last = ends(positions.int(), table, cache.block_size)
+        decode = decode_metadata(last, table, cache.block_size, cache.key_cache.shape[1], group)
     if count < len(inputs.rows):
         tiles = cut_into_tiles(inputs.rows[count:], inputs.query_lens[count:], inputs.seq_lens[count:])
         arrays, token_rows = upload(tiles.arrays, rows.device), upload(tiles.token_rows, rows.device)
         prefill = prefill_metadata(arrays, token_rows, rows.block_table, rows.block_index, cache.block_size)
     return FlexMetadata(slots, decode, prefill, count)
-
-
-def padding_inputs(num_tokens: int, padding_row: int) -> StepInputs:
-    """A decode and prompts of two tokens that belong to nobody: they write into the null block."""
-    query_lens = np.array([1] + [2] * (num_tokens // 2))
-    rows = np.full(len(query_lens), padding_row)
-    positions = np.concatenate(([0], np.tile([0, 1], num_tokens // 2)))
-    return StepInputs(rows, query_lens, query_lens, rows.repeat(query_lens), positions, 1, np.zeros(len(rows), dtype=bool),
-                      np.zeros(len(rows), dtype=np.int64))

@@ -27,7 +27,7 @@ from torch import Tensor
 from minivllm.async_output import AsyncOutput
 from minivllm.attention import NULL_BLOCK, slot_mapping
 from minivllm.cuda_graphs import DecodeGraphs, bucket_of
-from minivllm.flex_attention import FlexMetadata, decode_metadata
+from minivllm.flex_attention import FlexMetadata, decode_metadata, ends
 from minivllm.input_batch import RowTensors, StepInputs, upload
 from minivllm.sampler import sample_plain
 from minivllm.scheduler_output import ModelOutput
@@ -41,8 +41,8 @@ def places(step: Tensor) -> Tensor:
     return torch.arange(step.shape[1] - 1, dtype=torch.int32, device=step.device).minimum(step[:, 1:2])
 
 
-def read_guesses(rows: RowTensors, step: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Token, position and slot of every query (B * (k + 1),), and the block table of each (B * (k + 1), blocks).
+def read_guesses(rows: RowTensors, step: Tensor, block_size: int) -> tuple[Tensor, ...]:
+    """Token, position and slot of every query (B * (k + 1),), the block table of each (B * (k + 1), blocks), `ends` of these.
 
     A query that stands in for another writes to the null block, as those of the padding row do.
     """
@@ -55,7 +55,8 @@ def read_guesses(rows: RowTensors, step: Tensor, block_size: int) -> tuple[Tenso
     is_own = torch.arange(place.shape[1], device=step.device) == place
     slots = torch.where(is_own, slots, NULL_BLOCK * block_size)
     owner = index[:, None].expand(place.shape)
-    return input_ids.flatten(), positions.flatten(), slots.flatten(), rows.block_table[owner.flatten()]
+    positions, table = positions.flatten(), rows.block_table[owner.flatten()]
+    return input_ids.flatten(), positions, slots.flatten(), table, *ends(positions, table, block_size)
 
 
 def accept_into_rows(logits: Tensor, rows: RowTensors, step: Tensor) -> Tensor:
@@ -111,9 +112,9 @@ class VerifyGraphs(DecodeGraphs):
         """One step of the first `size` lines of `steps`: hidden states (B * (k + 1), E), and the accepted runs (B, 2 + k)."""
         cache, config, step = self.kv_caches[0], self.model.config, self.steps[:size]
         torch._dynamo.mark_static(step, 1)
-        input_ids, positions, slots, table = self.read_guesses(self.rows, step, cache.block_size)
+        input_ids, positions, slots, table, *last = self.read_guesses(self.rows, step, cache.block_size)
         group = config.num_attention_heads // config.num_key_value_heads
-        decode = decode_metadata(positions, table, cache.block_size, cache.key_cache.shape[1], group)
+        decode = decode_metadata(last, table, cache.block_size, cache.key_cache.shape[1], group)
         num_queries = len(input_ids)
         hidden = self.forward(input_ids, positions, self.kv_caches, FlexMetadata(slots, decode, None, num_queries))
         logits = self.compute_logits(num_queries, self.model, hidden)  # (B * (k + 1), V)

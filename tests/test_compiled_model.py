@@ -29,8 +29,8 @@ def make_model(widths: tuple = ((14, 2), 64, 16), layers: int = 1, seed: int = 0
 
 
 @settings(max_examples=examples(25), deadline=None)
-@given(WIDTHS, st.integers(0, 9999), st.integers(0, 400), st.booleans())
-def test_the_layer_of_one_token_is_the_plain_layer(widths, seed, position, long_rows):
+@given(WIDTHS, st.integers(0, 9999), st.integers(0, 400))
+def test_the_layer_of_one_token_is_the_plain_layer(widths, seed, position):
     """For any shape and position: the same queries, the same keys and values kept, and the same x after attention."""
     model = make_model(widths, seed=seed)
     layer, (heads, _), head_dim = model.model.layers[0], widths[0], widths[2]
@@ -40,10 +40,8 @@ def test_the_layer_of_one_token_is_the_plain_layer(widths, seed, position, long_
     plain, ours = NoCache(), NoCache()
     expected = layer.before_attention(x, cos, sin, plain, None), plain.k, plain.v, layer.after_attention(x, seen)
     split_linears(layer)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(one_token, "LONGEST_ROW", 0 if long_rows else 10**6)
-        q = one_token.before_attention(layer, x, cos, sin, ours, None)
-        found = q, ours.k, ours.v, one_token.after_attention(layer, x, seen)
+    q = one_token.before_attention(layer, x, cos, sin, ours, None)
+    found = q, ours.k, ours.v, one_token.after_attention(layer, x, seen)
     for name, ours_, theirs in zip(("queries", "keys", "values", "x"), found, expected):
         assert ours_.shape == theirs.shape, f"{name} have the shape {tuple(ours_.shape)}, not {tuple(theirs.shape)}"
         error = relative_error(ours_, theirs)
@@ -82,3 +80,38 @@ def test_the_regions_put_together_are_the_model(num_tokens):
         found = CompiledModel(model)(ids, positions, [NoCache() for _ in range(3)], metadata)
     error = relative_error(found, expected)
     assert error < 1e-5, f"hidden states of {num_tokens} tokens differ by {error:.1e}"
+
+
+@pytest.mark.parametrize("wanted", [[], [8], [0, 8], [4, 4, 1]])
+def test_only_the_wanted_tokens_leave_the_model(wanted):
+    """The hidden states that were asked for, and those of all tokens, are the same; the plain model can be asked, too."""
+    model = make_model(layers=3)
+    ids, positions, metadata = torch.arange(3, 12), torch.arange(9), SimpleNamespace(slot_mapping=None)
+    index = torch.tensor(wanted, dtype=torch.int64)
+    expected = model(ids, positions, [NoCache() for _ in range(3)], metadata)[index]
+    assert torch.equal(model(ids, positions, [NoCache() for _ in range(3)], metadata, index), expected)
+    with torch.compiler.set_stance("force_eager"):
+        found = CompiledModel(model)(ids, positions, [NoCache() for _ in range(3)], metadata, index)
+    assert found.shape == expected.shape
+    assert not wanted or relative_error(found, expected) < 1e-5, f"hidden states of the tokens {wanted} differ"
+
+
+def test_long_sums_are_cut_into_small_tiles():
+    """In the published shapes every long sum is taken 512 numbers at a time, no tile is part empty; the rest is torch's choice."""
+    from sympy import Integer, Symbol
+
+    from minivllm.row_tiles import RowTiles
+
+    def tiles(*axes) -> dict | None:
+        names = ("x", "r0_") if len(axes) == 2 else ("y", "x", "r0_")
+        chosen = RowTiles().triton_kernel_kwargs(None, None, [dict(zip(names, axes))], {})
+        return chosen["fixed_config"].config if chosen else None
+
+    for rows, length in ((18_944, 3584), (3584, 18_944), (2304, 3584), (151_936, 896), (896, 4864), (1536, 8960), (3584, 16)):
+        config = tiles(Integer(rows), Integer(length))
+        assert config["XBLOCK"] * config["R0_BLOCK"] == 512, f"{rows} sums of {length}: {config}"
+        assert length % config["R0_BLOCK"] == 0, f"the last tile of {length} numbers is part empty: {config}"
+    assert tiles(Integer(18_944), Integer(3584))["R0_BLOCK"] == 512, "a row at a time where it can be"
+    assert tiles(Integer(1), Integer(3584)) is None, "one sum, a norm, wants all threads of a processor"
+    assert tiles(Symbol("s0"), Integer(3584)) is None, "a step of several tokens has norms, and the library's products"
+    assert tiles(Integer(8), Integer(512), Integer(3584)) is None, "three axes are not rows"

@@ -171,12 +171,12 @@ def test_a_failed_step_loses_nothing(monkeypatch):
     runner, calls = llm.engine.runner, 0
     forward = runner.forward
 
-    def failing(inputs):
+    def failing(*args):
         nonlocal calls
         calls += 1
         if calls in (2, 3, 7):
             raise RuntimeError("out of memory")
-        return forward(inputs)
+        return forward(*args)
 
     monkeypatch.setattr(runner, "forward", failing)
     done, failures = {}, 0

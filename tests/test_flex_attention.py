@@ -16,7 +16,7 @@ from test_engine import greedy, prompts_of, tokens_of
 from tiny_models import random_qwen2
 
 from minivllm import LLM, SamplingParams
-from minivllm.flex_attention import QUERY_TILE, cut_into_tiles, decode_metadata, prefill_metadata
+from minivllm.flex_attention import QUERY_TILE, cut_into_tiles, decode_metadata, ends, prefill_metadata
 
 
 def deal_blocks(seed: int, num_requests: int, num_blocks: int) -> list[list[int]]:
@@ -32,8 +32,9 @@ def slots_of(table: list[int], num_positions: int, block_size: int) -> set[int]:
 def visible(positions: list[int], tables: list[list[int]], block_size: int) -> list[set[int]]:
     """Which slots a decode at each of these positions sees."""
     num_slots = (max(max(table) for table in tables) + 1) * block_size
-    mask = decode_metadata(torch.tensor(positions, dtype=torch.int32), torch.tensor(tables, dtype=torch.int32), block_size,
-                           num_slots, group=7).block_mask
+    table = torch.tensor(tables, dtype=torch.int32)
+    last = ends(torch.tensor(positions, dtype=torch.int32), table, block_size)
+    mask = decode_metadata(last, table, block_size, num_slots, group=7).block_mask
     query = torch.zeros(1, dtype=torch.int32)
     return [set(seen_slots(mask, row, 0, query, num_slots)[0].nonzero()[:, 0].tolist()) for row in range(len(positions))]
 

@@ -218,12 +218,12 @@ class TestOnTheDevice:
         """The generated kernel splits the keys, as only the one for decodes does: not the general one, which is slower."""
         from torch._inductor.utils import run_and_get_code
 
-        from minivllm.flex_attention import compiled, decode_metadata, decode_options
+        from minivllm.flex_attention import compiled, decode_metadata, decode_options, ends
 
         torch._dynamo.reset()
         positions = torch.tensor([5, 40], dtype=torch.int32, device="cuda")
         table = torch.tensor([[1, 0, 0], [2, 3, 4]], dtype=torch.int32, device="cuda")
-        metadata = decode_metadata(positions, table, 16, 160, 7)
+        metadata = decode_metadata(ends(positions, table, 16), table, 16, 160, 7)
         q, k = torch.randn(2, 2, 7, 64, device="cuda"), torch.randn(1, 2, 160, 64, device="cuda")
         _, code = run_and_get_code(compiled(dynamic=False), q, k, k, block_mask=metadata.block_mask,
                                    kernel_options=decode_options(2, 2))

@@ -169,12 +169,13 @@ def test_a_request_with_fewer_guesses_writes_nothing_more():
     """Each query has its own token, position and slot; those that are not there repeat the last one and write to the null block."""
     rows = made_up_rows(3, [7, 0, 3])
     step = torch.tensor([[2, 1, 44, 0, 0], [0, 3, 51, 52, 53], [3, 0, 0, 0, 0]], dtype=torch.int32)  # row 3 is padding
-    ids, positions, slots, table = (part.view(3, 4, -1).squeeze(-1).tolist() for part in read_guesses(rows, step, 4))
+    ids, positions, slots, table, counts, *_ = (part.view(3, 4, -1).squeeze(-1).tolist() for part in read_guesses(rows, step, 4))
     assert ids == [[23, 44, 44, 44], [7, 51, 52, 53], [0, 0, 0, 0]], "the newest token of each row, then its guesses"
     assert positions == [[3, 4, 4, 4], [7, 8, 9, 10], [0, 0, 0, 0]]
     first, third = 4 * 9, 4 * 1
     assert slots == [[first + 3, first + 4, 0, 0], [third + 7, third + 8, third + 9, third + 10], [0, 0, 0, 0]]
     assert [line[0] for line in table] == [rows.block_table[row].tolist() for row in (2, 0, 3)]
+    assert counts == [[1, 2, 2, 2], [2, 3, 3, 3], [1, 1, 1, 1]], "each query reads the blocks up to its own position"
 
 
 @pytest.mark.parametrize(("sampled", "guesses", "won"), [

@@ -1,0 +1,74 @@
+"""Lesson 14. Before the first request comes: everything is compiled and recorded that a step may need.
+
+Owns the order of it, and the steps of nobody's tokens by which it is done: they write to the null block, and nothing is counted.
+A kernel that was left out would be compiled by the first request that needs it, who would wait for seconds. So whatever makes
+torch.compile write another kernel has to come here: a number of rows that is one, a branch on how many there are.
+
+    decode graphs      one for each bucket of batch sizes, and of verifications, if somebody guesses
+    no graph           few tokens and many, and all hidden states, one or two asked for
+    prompt graphs      one for each bucket of tokens: by now everything is compiled, and these are only recorded
+
+On a CPU nothing is compiled, and the same objects compute every step as they would record it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minivllm.attention import NULL_BLOCK
+from minivllm.compiled_model import CompiledModel, small_tiles
+from minivllm.cuda_graphs import DecodeGraphs
+from minivllm.input_batch import StepInputs, upload
+from minivllm.model_runner import ModelRunner
+from minivllm.prompt_graphs import PromptGraphs, token_buckets
+from minivllm.split_linear import MOST_TOKENS
+from minivllm.verify_graphs import VerifyGraphs
+
+
+def warm_up(runner: ModelRunner) -> float:
+    """Give a runner its graphs, recorded where there is a GPU. Returns the seconds that recording took of it."""
+    on_gpu, config = runner.device.type == "cuda", runner.config
+    if on_gpu:
+        runner.forward_model = CompiledModel(runner.model)
+        runner.zero_blocks = torch.compile(runner.zero_blocks, dynamic=True)  # by itself torch takes 32 kernels for a large cache
+    buckets = token_buckets(config.max_num_batched_tokens or 0, sum(weight.numel() for weight in runner.model.parameters()))
+    prompts = PromptGraphs(runner.forward_model, runner.kv_caches, runner.rows, buckets, use_graphs=on_gpu)
+    decodes = DecodeGraphs(runner.model, runner.forward_model, runner.kv_caches, runner.rows, config.max_num_seqs,
+                           use_graphs=on_gpu, use_compile=on_gpu)
+    verifications = VerifyGraphs(decodes, runner.num_drafts) if runner.num_drafts else None
+    runner.prompt_graphs, runner.graphs, runner.verify_graphs = prompts, decodes, verifications
+    if not on_gpu:
+        return 0.0
+    with small_tiles():
+        seconds = decodes.capture() + (verifications.capture() if verifications else 0.0)
+        # Steps beyond the largest graph run uncaptured, and their first one must not be the one that compiles.
+        for inputs in (padding_inputs(num_tokens, runner.rows.padding_row) for num_tokens in (2, MOST_TOKENS + 2)):
+            for wanted in all_one_and_two(runner.device):
+                rows, seq_lens = runner.upload(inputs.rows, inputs.seq_lens)
+                runner.forward_ungraphed(inputs, rows, seq_lens, wanted)
+        for num_blocks in (1, 2):
+            runner.zero_blocks(runner.kv_cache, upload(np.full(num_blocks, NULL_BLOCK), runner.device), runner.block_size)
+        return seconds + prompts.capture()
+
+
+def all_one_and_two(device: torch.device) -> Iterator[Tensor | None]:
+    """The hidden states that a step may be asked for: torch.compile makes one row something of its own."""
+    yield None
+    for count in (1, 2):
+        yield upload(np.arange(count), device)
+
+
+def padding_inputs(num_tokens: int, padding_row: int) -> StepInputs:
+    """A decode and prompts of two tokens that belong to nobody: `num_tokens` rounded up to an odd number.
+
+    All stand in the padding row, whose table holds nothing but the null block.
+    """
+    query_lens = np.array([1] + [2] * (num_tokens // 2))
+    rows = np.full(len(query_lens), padding_row)
+    positions = np.concatenate(([0], np.tile([0, 1], num_tokens // 2)))
+    return StepInputs(rows, query_lens, query_lens, rows.repeat(query_lens), positions, 1, np.zeros(len(rows), dtype=bool),
+                      np.zeros(len(rows), dtype=np.int64))
