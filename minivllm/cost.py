@@ -20,10 +20,13 @@ from minivllm.config import ModelConfig
 
 def layer_matrix_numbers(config: ModelConfig) -> int:
     """Numbers in one decoder layer's matrices: q, k, v; the way back; gate, up and down."""
-    hidden, head = config.hidden_size, config.head_dim
-    qkv = hidden * (config.num_attention_heads + 2 * config.num_key_value_heads) * head
-    output = config.num_attention_heads * head * hidden
-    return qkv + output + 3 * hidden * config.intermediate_size
+    heads = config.num_attention_heads + 2 * config.num_key_value_heads
+    return config.hidden_size * heads * config.head_dim + second_half_numbers(config)
+
+
+def second_half_numbers(config: ModelConfig) -> int:
+    """Of these the ones behind attention: the way back; gate, up and down."""
+    return config.num_attention_heads * config.head_dim * config.hidden_size + 3 * config.hidden_size * config.intermediate_size
 
 
 def num_parameters(config: ModelConfig) -> int:
@@ -58,6 +61,11 @@ def flops(config: ModelConfig, query_lens: Sequence[int], context_lens: Sequence
     scores_and_values = 2 * 2 * pairs * config.num_attention_heads * config.head_dim
     logits = 2 * len(query_lens) * config.hidden_size * config.vocab_size
     return config.num_hidden_layers * (matrices + scores_and_values) + logits
+
+
+def flops_left_out(config: ModelConfig, query_lens: Sequence[int]) -> int:
+    """What a step saves that asks for each request's last hidden state alone: the second half of the last layer for all others."""
+    return 2 * (sum(query_lens) - len(query_lens)) * second_half_numbers(config)
 
 
 def bytes_moved(config: ModelConfig, query_lens: Sequence[int], context_lens: Sequence[int], dtype_bytes: int = 2) -> int:

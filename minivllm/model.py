@@ -196,10 +196,17 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config, dtype, device)
         self.mlp = MLP(config, dtype, device)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: AttentionLayer, metadata: Any) -> Tensor:
-        """Tokens look at each other, then each thinks for itself; both add to x (T, E) and never replace it."""
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: AttentionLayer, metadata: Any,
+                wanted: Tensor | None = None) -> Tensor:
+        """Tokens look at each other, then each thinks for itself, or the `wanted` ones (R,) alone: x (T, E) to (T, E) or (R, E).
+
+        Both parts add to x and never replace it.
+        """
         q = self.before_attention(x, cos, sin, cache, metadata.slot_mapping)
-        return self.after_attention(x, cache.attend(q, metadata))
+        seen = cache.attend(q, metadata)
+        if wanted is not None:
+            x, seen = x[wanted], seen[wanted]
+        return self.after_attention(x, seen)
 
     def before_attention(self, x: Tensor, cos: Tensor, sin: Tensor, cache: AttentionLayer, slot_mapping: Any) -> Tensor:
         """Norm, project, rotate, remember: x (T, E) to the queries (T, H, D) that look back."""
@@ -222,11 +229,13 @@ class Qwen2Model(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config, dtype, device) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config, dtype, device)
 
-    def forward(self, input_ids: Tensor, positions: Tensor, kv_caches: Sequence[AttentionLayer], metadata: Any) -> Tensor:
+    def forward(self, input_ids: Tensor, positions: Tensor, kv_caches: Sequence[AttentionLayer], metadata: Any,
+                wanted: Tensor | None = None) -> Tensor:
         x = self.embed_tokens(input_ids)  # (T, E)
         cos, sin = self.rotary_emb(positions, x.dtype)  # (T, D)
         for layer, cache in zip(self.layers, kv_caches, strict=True):
-            x = layer(x, cos, sin, cache, metadata)
+            # Others look at a token through its keys and values. When the last layer has them, only who is asked for goes on.
+            x = layer(x, cos, sin, cache, metadata, wanted if layer is self.layers[-1] else None)
         return self.norm(x)
 
 
@@ -249,11 +258,10 @@ class Qwen2ForCausalLM(nn.Module):
 
     def forward(self, input_ids: Tensor, positions: Tensor, kv_caches: Sequence[AttentionLayer], metadata: Any,
                 wanted: Tensor | None = None) -> Tensor:
-        """Ids and positions (T,) of any mix of requests to hidden states after the final norm, (T, E), or (R, E) of the tokens
+        """Ids and positions (T,) of any mix of requests to hidden states after the final norm: (T, E), or (R, E) of the tokens
         `wanted` (R,).
         """
-        hidden = self.model(input_ids, positions, kv_caches, metadata)
-        return hidden if wanted is None else hidden[wanted]
+        return self.model(input_ids, positions, kv_caches, metadata, wanted)
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """Hidden states (R, E), only of the rows that need a next token, to logits (R, V): 300 million flops a row at 0.5B."""

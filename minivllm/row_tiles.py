@@ -7,8 +7,8 @@ all of it before it asks again, and few of them fit on a processor. So each take
     a row of 3,584 weights     512 | 512 | 512 | 512 | 512 | 512 | 512      one program of 128 threads, seven times round
     four rows of 896           4 x 128 | 4 x 128 | ...                      its four warps have a row each
 
-Left alone, torch.compile takes 2,048 numbers of a row, or searches from there, one step at a time, timing the kernel alone; that found
-another place at every start. Microseconds of 7B's four products with one token, in the model on an H200:
+Left alone, torch.compile takes 2,048 numbers of a row, or searches from there, one step at a time, timing the kernel alone; that
+found another place at every start. Microseconds of 7B's four products with one token, in the model on an H200:
 
     2,048 numbers: 212      found by search: 130 - 159      512 numbers: 124      at full bandwidth: 111
 """

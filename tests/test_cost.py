@@ -80,6 +80,11 @@ def test_flops_of_a_prompt_are_what_pytorch_counts(shape, num_tokens):
         model.compute_logits(model(tokens, torch.arange(num_tokens), caches, nothing)[-1:])
     counted, real = cost.flops(model.config, [num_tokens], [num_tokens]), counter.get_total_flops()
     assert counted == real, f"a prompt of {num_tokens} tokens: {counted:,} by the formula, {real:,} by PyTorch"
+    with FlopCounterMode(display=False) as counter:
+        last = torch.tensor([num_tokens - 1])
+        model.compute_logits(model(tokens, torch.arange(num_tokens), caches, nothing, last))
+    saved = real - counter.get_total_flops()
+    assert saved == cost.flops_left_out(model.config, [num_tokens]), f"asked for the last hidden state alone it saves {saved:,}"
 
 
 @settings(max_examples=examples(20))

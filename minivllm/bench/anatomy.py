@@ -176,7 +176,9 @@ def prompt_rate(llm: LLM, prompt_len: int, clock: Callable[[], float]) -> dict[s
         start = clock()
         llm.generate(prompts, SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, detokenize=False), use_tqdm=False)
         seconds.append(clock() - start)
-    num_flops = cost.flops(llm.engine.model_config, [prompt_len] * count, [(prompt_len + 1) // 2] * count)  # half is in the future
+    config, query_lens = llm.engine.model_config, [prompt_len] * count
+    num_flops = cost.flops(config, query_lens, [(prompt_len + 1) // 2] * count)  # half of each context is in the future
+    num_flops -= cost.flops_left_out(config, query_lens)
     median = statistics.median(seconds[1:])
     return {"num_prompts": count, "prompt_len": prompt_len, "seconds": median, "tokens_per_second": count * prompt_len / median,
             "flops_per_second": num_flops / median}
