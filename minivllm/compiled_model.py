@@ -59,6 +59,11 @@ def after_attention(layer: DecoderLayer, x: Tensor, seen: Tensor) -> Tensor:
     return layer.after_attention(x[None], seen)[0]
 
 
+def second_half(num_tokens: int) -> Callable[..., Tensor]:
+    """How a layer goes on behind its look back."""
+    return one_token.after_attention if num_tokens == 1 else after_attention
+
+
 # The first switch keeps silu(gate) * up from being computed anew for every row of `down`. With the second a kernel starts while the
 # one before it ends, and waits only where it reads what that one wrote (Programmatic Dependent Launch).
 ONE_TOKEN: dict[str, Any] = {"realize_acc_reads_threshold": 1, "triton.enable_pdl": True}
@@ -104,7 +109,7 @@ class CompiledModel:
         """
         num_tokens, layers, slots = len(input_ids), self.model.layers, metadata.slot_mapping
         before: Callable[..., Tensor] = one_token.before_attention if num_tokens == 1 else DecoderLayer.before_attention
-        after = one_token.after_attention if num_tokens == 1 else after_attention
+        after = second_half(num_tokens)
         x, cos, sin, q = self.opening(num_tokens, self.model, input_ids, positions, kv_caches[0], slots, before)
         for index in range(len(layers) - 1):
             seen = kv_caches[index].attend(q, metadata)
@@ -113,6 +118,5 @@ class CompiledModel:
         seen = kv_caches[-1].attend(q, metadata)
         if wanted is not None:
             x, seen = x[wanted], seen[wanted]
-        if len(x) == 0:  # nobody samples: all are in the middle of their prompts
-            return x
-        return self.closing(len(x), self.model, x, seen, one_token.after_attention if len(x) == 1 else after_attention)
+        # Nobody may be wanted: all are in the middle of their prompts.
+        return self.closing(len(x), self.model, x, seen, second_half(len(x))) if len(x) else x

@@ -80,12 +80,13 @@ def ends(positions: Tensor, block_table: Tensor, block_size: int) -> tuple[Tenso
     return last_index + 1, last_block, positions % block_size + 1
 
 
-def decode_metadata(ends: Sequence[Tensor], block_table: Tensor, block_size: int, num_slots: int, group: int) -> DecodeMetadata:
+def decode_metadata(last: Sequence[Tensor], block_table: Tensor, block_size: int, num_slots: int, group: int) -> DecodeMetadata:
     """One token at the end of each context in `block_table` (B, blocks) int32, `group` query heads a KV head.
 
-    A padded row has position 0 and a table of null blocks: it reads slot 0. No value is read by the host.
+    `last` is what `ends` says of these. A padded row has position 0 and a table of null blocks: it reads slot 0. No value is
+    read by the host.
     """
-    num_blocks, last_block, filled = ends  # (B,) each
+    num_blocks, last_block, filled = last  # (B,) each
 
     def mask_mod(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
         return (kv // block_size != last_block[b]) | (kv % block_size < filled[b])

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tiny_models import load_ours, random_qwen2, relative_error
 
 from minivllm import one_token
-from minivllm.compiled_model import CompiledModel
+from minivllm.compiled_model import CompiledModel, small_tiles
 from minivllm.model import NoCache
 from minivllm.split_linear import MOST_TOKENS, SplitLinear, num_parts, split_linears
 
@@ -116,3 +116,18 @@ def test_long_sums_are_cut_into_small_tiles():
     assert tiles(Integer(1), Integer(3584)) is None, "one sum, a norm, wants all threads of a processor"
     assert tiles(Symbol("s0"), Integer(3584)) is None, "a step of several tokens has norms, and the library's products"
     assert tiles(Integer(8), Integer(512), Integer(3584)) is None, "three axes are not rows"
+
+
+def test_small_tiles_are_chosen_as_long_as_they_are_asked_for():
+    """Within `small_tiles` torch's compiler asks `RowTiles`, and behind it whoever it asked before."""
+    from torch._inductor.virtualized import V
+
+    from minivllm.row_tiles import RowTiles
+
+    def asks_us() -> bool:
+        return getattr(V.choices.triton_kernel_kwargs, "__func__", None) is RowTiles.triton_kernel_kwargs
+
+    assert not asks_us()
+    with small_tiles():
+        assert asks_us(), "what is compiled here has other tiles"
+    assert not asks_us(), "the host program's own functions would be compiled with our tiles"

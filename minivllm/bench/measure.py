@@ -73,7 +73,7 @@ def _measure(openers: Sequence[Callable[[], Backend]], workload: Workload, repea
         backends = [stack.enter_context(closing(opener())) for opener in openers]
         results = [warm_up_and_sweep(backend, workload, num_warmups, clock, tell) for backend in backends]
         gc.collect()
-        gc.freeze()  # as servers do: to look through all that the compiler keeps takes 0.35 s, in the middle of some run
+        gc.freeze()  # as servers do: the collector need not look through all that a compiler keeps in the middle of some run
         stack.callback(gc.unfreeze)
         for repeat in range(1, repeats + 1):
             for backend, measured in zip(backends, results):
