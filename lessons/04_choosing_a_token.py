@@ -85,7 +85,14 @@ chart(sampler.top_p(logits, torch.tensor([0.5])), "top_p 0.5")
 # ## The draw
 #
 # Chance is a hash here. Seed, position and token id go in, and a number comes out that looks random and is always the
-# same. The token with the best sum of logit and noise wins, and each token wins as often as its probability says.
+# same. Among tokens that race, the best sum of logit and noise wins, and each wins as often as its probability says.
+
+# %%
+show(sampler.race)
+
+# %% [markdown]
+# A hash and two logarithms for each of 150,000 tokens would take longer than anything else in the choice. So parts of
+# the vocabulary race first, each for the sum of its tokens' probabilities, and then the tokens of the part that won.
 
 # %%
 show(sampler.draw)

@@ -176,14 +176,18 @@ def allocate_kv_cache(num_layers: int, num_blocks: int, block_size: int, num_kv_
     Left as the memory was, so that an unused block costs nothing on a CPU: blocks are zeroed when they are handed out.
     """
     kv_cache = torch.empty(num_layers, 2, num_kv_heads, num_blocks * block_size, head_dim, dtype=dtype, device=device)
-    zero_blocks(kv_cache, torch.tensor([NULL_BLOCK], device=device), block_size)
+    zero_blocks(by_block(kv_cache, block_size), torch.tensor([NULL_BLOCK], device=device))
     return kv_cache
 
 
-def zero_blocks(kv_cache: Tensor, block_ids: Tensor, block_size: int) -> None:
-    """Zero the blocks that are being handed out, so that no earlier owner's values (or NaN) can be read: one kernel a step."""
-    slots = (block_ids[:, None] * block_size + torch.arange(block_size, device=block_ids.device)).flatten()
-    kv_cache[..., slots, :] = 0  # no view of it: compiled, a write to a view would copy the whole cache
+def by_block(kv_cache: Tensor, block_size: int) -> Tensor:
+    """The same memory as blocks (num_blocks, layers, 2, K, P, D): in each layer and head one stretch of P * D numbers."""
+    return kv_cache.unflatten(3, (-1, block_size)).movedim(3, 0)
+
+
+def zero_blocks(blocks: Tensor, block_ids: Tensor) -> None:
+    """Zero the blocks that are being handed out, so that no earlier owner's values (or NaN) can be read."""
+    blocks[block_ids] = 0
 
 
 class PagedAttention:

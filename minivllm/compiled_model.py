@@ -26,7 +26,7 @@ from minivllm.attention import PagedAttention
 from minivllm.model import DecoderLayer, Qwen2ForCausalLM, Qwen2Model
 from minivllm.split_linear import split_linears
 
-# torch.compile gives a function up after 8 shapes unless told otherwise. 1,024 requests have 25 buckets, and three kinds of steps
+# torch.compile gives a function up after 8 shapes unless told otherwise. 1,024 requests have 29 buckets, and three kinds of steps
 # one attention kernel for each: decodes, verifications, and decodes of a draft model.
 COMPILED_SHAPES = 128
 

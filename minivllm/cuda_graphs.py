@@ -32,9 +32,12 @@ WARM_UP_RUNS = 2  # the first compiles, the second runs what was compiled
 
 
 def bucket_sizes(max_num_seqs: int) -> list[int]:
-    """Batch sizes to capture, for any of 1..max_num_seqs: 1, 2, 4, 8, 16, steps of 32, of 64 from 256 on, and max_num_seqs."""
-    sizes = [size for size in (1, 2, 4, 8, 16) if size < max_num_seqs]
-    return [*sizes, *range(32, min(max_num_seqs, 256), 32), *range(256, max_num_seqs, 64), max_num_seqs]
+    """Batch sizes to capture, for any of 1..max_num_seqs: 1, 2, 4, 8, 16, steps of 32 to 128, of 16 to 256, of 64; max_num_seqs.
+
+    Up to 128 rows a product takes as long as its weights take to be read; beyond that each row of padding is arithmetic.
+    """
+    sizes = (1, 2, 4, 8, 16, *range(32, 128, 32), *range(128, 256, 16), *range(256, max_num_seqs, 64))
+    return [*(size for size in sizes if size < max_num_seqs), max_num_seqs]
 
 
 def bucket_of(num_requests: int, max_num_seqs: int) -> int:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from minivllm.async_output import AsyncOutput, PromptLogprobs
-from minivllm.attention import AttentionMetadata, PagedAttention, allocate_kv_cache, slot_mapping, zero_blocks
+from minivllm.attention import AttentionMetadata, PagedAttention, allocate_kv_cache, by_block, slot_mapping, zero_blocks
 from minivllm.config import EngineConfig
 from minivllm.cuda_graphs import DecodeGraphs
 from minivllm.flex_attention import FlexPagedAttention
@@ -61,6 +61,7 @@ class ModelRunner:
         self.kv_cache = allocate_kv_cache(shape.num_hidden_layers, config.num_blocks, config.block_size,
                                           shape.num_key_value_heads, shape.head_dim, dtype, device)
         # One tensor for all layers, so that new blocks are zeroed by one kernel; each layer gets a view of it.
+        self.blocks = by_block(self.kv_cache, config.block_size)
         attention = ATTENTION[config.attention_backend]
         self.kv_caches = [attention(layer, config.block_size) for layer in self.kv_cache]
         self.batch = InputBatch(config.max_num_seqs)
@@ -147,7 +148,7 @@ class ModelRunner:
             hits = [new.num_computed_tokens // self.block_size for new in output.new_requests] + [0] * len(output.new_block_ids)
             new_blocks = np.array([block for table, num_hits in zip(tables, hits) for block in table[num_hits:]], dtype=np.int64)
             if len(new_blocks):
-                self.zero_blocks(self.kv_cache, upload(new_blocks, self.device), self.block_size)
+                self.zero_blocks(self.blocks, upload(new_blocks, self.device))
 
     def write_drafts(self, drafts: Mapping[str, list[int]]) -> None:
         """Put guesses into their rows, behind the known tokens: they stand there like tokens, until `rewind`."""

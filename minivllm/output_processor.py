@@ -37,6 +37,8 @@ class ChildState:
         self.logprobs: list[dict[int, Logprob]] | None = None if params.logprobs is None else []
         self.cumulative_logprob: float | None = None if params.logprobs is None else 0.0
         self.stop_string: str | None = None  # the one that ended the text; the request's own status knows of tokens only
+        # Where nobody asked for text or logprobs there is nothing to do for a token, and the request knows its tokens itself.
+        self.is_followed = self.detokenizer.stream is not None or self.logprobs is not None
 
     def update(self, logprobs: list[dict[int, Logprob]]) -> None:
         """Take in the tokens that the request has gained, and note the stop string that they completed, if any.
@@ -44,7 +46,8 @@ class ChildState:
         `logprobs` has one entry for each of them, or none at all where nobody asked.
         """
         request = self.request
-        new_token_ids = request.output_token_ids[len(self.token_ids):]  # one, or with speculation the accepted run
+        # One, or with speculation the accepted run. Only these are copied: a long answer grows by one at every step.
+        new_token_ids = request.all_token_ids[request.num_prompt_tokens + len(self.token_ids):].tolist()
         # The text of the token that ended the request, "<|im_end|>" say, is not shown: the detokenizer must know that it did.
         ended_by_token = request.status == RequestStatus.FINISHED_STOPPED
         self.stop_string = self.detokenizer.update(new_token_ids, stop_terminated=ended_by_token)
@@ -59,8 +62,8 @@ class ChildState:
         """A snapshot that later steps do not change. A stop string outranks a length reached by the same token."""
         request, found = self.request, self.stop_string
         return CompletionOutput(
-            index=self.index, text=self.detokenizer.text, token_ids=list(self.token_ids),
-            cumulative_logprob=self.cumulative_logprob,
+            index=self.index, text=self.detokenizer.text, cumulative_logprob=self.cumulative_logprob,
+            token_ids=self.token_ids[:] if self.is_followed else request.output_token_ids,
             logprobs=None if self.logprobs is None else list(self.logprobs),  # a copy of the list, not of its dicts
             finish_reason=request.status.finish_reason if found is None else "stop",
             stop_reason=request.stop_reason if found is None else found)
@@ -122,7 +125,8 @@ class OutputProcessor:
         stopped = {}
         for request in requests:
             child = self.parents[request.request_id][1]
-            child.update([self.name_tokens(entry) for entry in output.logprobs.get(request.request_id, ())])
+            if child.is_followed:
+                child.update([self.name_tokens(entry) for entry in output.logprobs.get(request.request_id, ())])
             if child.stop_string is not None:
                 stopped[request.request_id] = request.num_output_tokens - len(child.token_ids)
         return stopped
@@ -144,6 +148,8 @@ class OutputProcessor:
         moved: dict[str, OutputState] = {}
         for request in requests:
             state, child = self.parents[request.request_id]
+            if state.processed.final_only and not request.is_finished:
+                continue
             moved[state.processed.request_id] = state
             if request.is_finished:
                 child.detokenizer.finish()  # shows what was held back for a stop string that did not come

@@ -72,7 +72,7 @@ class RequestTimes:
 class Request:
     """One sequence in the engine. `n > 1` becomes n of these, which share their prompt's blocks through the prefix cache.
 
-    The scheduler alone changes `status` and `num_computed_tokens`; `output_token_ids` grows by `append_output_token_id`.
+    The scheduler alone changes `status` and `num_computed_tokens`; tokens come by `append_sampled_tokens`.
     While it is RUNNING, with the tokens that steps in flight will bring counted in:
 
         num_computed_tokens <= num_tokens + num_output_placeholders
@@ -83,9 +83,11 @@ class Request:
                  arrival_time: float = 0.0, cache_salt: str | None = None) -> None:
         self.request_id = request_id
         self.prompt_token_ids = list(prompt_token_ids)
+        self.num_prompt_tokens = len(self.prompt_token_ids)
         self.sampling_params = sampling_params
         # The end of the context already counted in, so that the scheduler has one number to compare with.
         self.max_tokens = max_tokens if max_tokens is not None else sampling_params.max_tokens
+        self.max_num_tokens = self.num_prompt_tokens + (self.max_tokens or math.inf)
         # The first is *the* EOS (stop_reason None); ending on another one reports its id, as in vLLM.
         self.eos_token_ids = tuple(eos_token_ids)
         self.seed = seed  # always a number: unseeded requests get one from the engine's seed
@@ -104,10 +106,6 @@ class Request:
         self.times = RequestTimes(arrival=arrival_time)
 
     @property
-    def num_prompt_tokens(self) -> int:
-        return len(self.prompt_token_ids)
-
-    @property
     def num_tokens(self) -> int:
         return len(self.all_token_ids)
 
@@ -117,19 +115,20 @@ class Request:
 
     @property
     def num_output_tokens(self) -> int:
-        return len(self.all_token_ids) - len(self.prompt_token_ids)
+        return len(self.all_token_ids) - self.num_prompt_tokens
 
     @property
     def output_token_ids(self) -> list[int]:
         """A copy of the sampled tokens."""
-        return self.all_token_ids[len(self.prompt_token_ids):].tolist()
+        return self.output_token_ids_from(0)
 
     @property
     def is_finished(self) -> bool:
         return self.status > RequestStatus.PREEMPTED
 
-    def append_output_token_id(self, token_id: int) -> None:
-        self.all_token_ids.append(token_id)
+    def output_token_ids_from(self, start: int) -> list[int]:
+        """A copy of the sampled tokens but for the first `start`: for one new token a long answer is not copied."""
+        return self.all_token_ids[len(self.prompt_token_ids) + start:].tolist()
 
     def __repr__(self) -> str:
         return (f"Request({self.request_id!r}, {self.status.name}, {self.num_computed_tokens}/{self.num_tokens} computed, "
@@ -146,7 +145,7 @@ def append_sampled_tokens(request: Request, token_ids: Sequence[int], now: float
         request.times.first_token = now
     request.times.last_token = now
     for num_appended, token_id in enumerate(token_ids, start=1):
-        request.append_output_token_id(token_id)
+        request.all_token_ids.append(token_id)
         if check_stop(request, max_model_len):
             return num_appended
     return len(token_ids)
@@ -173,8 +172,7 @@ def check_stop(request: Request, max_model_len: int) -> bool:
 
 def reaches_length(request: Request, max_model_len: int, num_coming: int = 0) -> bool:
     """Whether the request's length ends it, or is sure to once `num_coming` more tokens are there."""
-    num_output_tokens = request.num_output_tokens + num_coming
-    return request.num_tokens + num_coming >= max_model_len or num_output_tokens >= (request.max_tokens or math.inf)
+    return len(request.all_token_ids) + num_coming >= min(max_model_len, request.max_num_tokens)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ kept, restored or drawn in order. Nothing here makes the host wait for the devic
 
     logits -> allowed ids, bad words, min_tokens, logit_bias, penalties     what may come, and what is less welcome
            -> temperature -> top_k -> top_p -> min_p                        Hugging Face's order
-           -> argmax(logits - log(noise(seed, position, token id)))         the draw
+           -> argmax(logits - log(noise(seed, position, id)))               the draw: of a part, then of a token in it
 
 vLLM (v1/sample/sampler.py) applies min_p before top_k and top_p. The results differ only where min_p meets top_p: there,
 top_p sees the tokens that min_p would have removed.
@@ -27,8 +27,8 @@ NEVER = float("-inf")  # the logit of a token that can't be chosen
 # Rows are taken as many at a time as stay in a CPU's cache: 64 rows of 151,936 then take less than half the time. On a GPU 441 of
 # these, so that putting them in order does not take the KV cache's memory: guesses make it k + 1 rows a request.
 LOGITS_AT_ONCE = {"cpu": 2**18, "cuda": 2**26}
-PART = 256  # a power of two: the vocabularies of Qwen2.5 are multiples of 128 and 512
-SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
+PART = 64  # tokens drawn from together: few enough for a compiled kernel to hold a part at once, and a divisor of real vocabularies
+SMALLEST_NORMAL, LOWEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).min
 
 
 def sample(logits: Tensor, metadata: SamplingMetadata) -> Tensor:
@@ -52,32 +52,17 @@ def choose(logits: Tensor, metadata: SamplingMetadata) -> Tensor:
     greedy = logits.argmax(dim=-1)
     if metadata.all_greedy:
         return greedy
-    logits = warp(logits, metadata)
-    drawn = draw(logits, metadata.seeds, metadata.positions)
+    drawn = draw(warp(logits, metadata), metadata.seeds, metadata.positions)
     return torch.where(metadata.temperature == 0, greedy, drawn)
 
 
 def sample_plain(logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
     """`sample` for rows (R,) of requests that are `is_plain`: the same tokens, in a form that compiles to fast kernels.
 
-    First the largest score of each part of the vocabulary, then the winner within the best part: a GPU has room for more than R
-    programs, and the many scores are only compared, without a thought for their ids. No shift by the largest logit either:
-    temperatures are not tiny here, and finding it would mean to read all logits twice.
+    No shift by the largest logit: temperatures are not tiny here, and finding it would mean to read all logits twice.
     """
-    vocab_size = logits.shape[-1]
-    size = math.gcd(vocab_size, PART)
-    keys, scale = row_keys(seeds, positions), 1 / temperature.masked_fill(temperature == 0, 1)
-    token_ids = torch.arange(vocab_size, dtype=torch.int32, device=logits.device)
-    part = plain_scores(logits, token_ids, temperature, scale, keys).unflatten(-1, (-1, size)).amax(-1).argmax(-1)  # (R,)
-    token_ids = part[:, None] * size + torch.arange(size, device=logits.device)  # (R, size)
-    winner = plain_scores(logits.gather(-1, token_ids), token_ids.int(), temperature, scale, keys).argmax(-1)
-    return part * size + winner
-
-
-def plain_scores(logits: Tensor, token_ids: Tensor, temperature: Tensor, scale: Tensor, keys: Tensor) -> Tensor:
-    """What a row's token must have most of: the logit itself where greedy, else logit / temperature - log(noise); (R, n)."""
-    logits = logits.float()
-    return torch.where(temperature[:, None] == 0, logits, logits * scale[:, None] - noise_of(keys, token_ids).log())
+    is_greedy = (temperature == 0)[:, None]
+    return draw(logits.float() * (1 / temperature[:, None].masked_fill(is_greedy, 1)), seeds, positions, 1.0 - is_greedy.float())
 
 
 # What may come
@@ -210,9 +195,7 @@ def min_p(logits: Tensor, p: Tensor) -> Tensor:
 
 def largest(logits: Tensor, num: int) -> Tensor:
     """The `num` largest logits of each row in descending order: for 20 of 151,936 thirty times faster than a sort."""
-    if num < logits.shape[-1]:
-        return logits.topk(num).values
-    return logits.sort(dim=-1, descending=True).values
+    return logits.topk(num).values if num < logits.shape[-1] else logits.sort(dim=-1, descending=True).values
 
 
 def token_weights(logits: Tensor) -> Tensor:
@@ -221,33 +204,45 @@ def token_weights(logits: Tensor) -> Tensor:
     Integers sum to the same in every order. Sums of floats depend on how a kernel splits a row, which depends on the
     number of rows, and a token on the border of top_p would come and go with the batch.
     """
-    relative = (logits - logits.amax(dim=-1, keepdim=True)).exp()
+    relative = (logits - logits.amax(dim=-1, keepdim=True).clamp(min=LOWEST)).exp()  # 0 where nothing may come
     return (relative * 2.0**40).long()  # 2**23 tokens fit in 63 bits
 
 
 # The draw
 
 
-def draw(logits: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
+def draw(logits: Tensor, seeds: Tensor, positions: Tensor, luck: Tensor | float = 1.0) -> Tensor:
     """One token (R,) for each row, token i with the probability softmax(logits)[i].
+
+    First a part of the vocabulary, as likely as its tokens together, then one of these: chance has to be made up for each part
+    and for the tokens of one, not for 150,000. Where luck (R, 1) is 0 and not 1, it is the largest logit.
+    """
+    keys, vocab_size = row_keys(seeds, positions), logits.shape[-1]
+    parts = logits.unflatten(-1, (-1, math.gcd(vocab_size, PART)))  # (R, P, size)
+    num_parts, size = parts.shape[1:]
+    total = (token_weights(parts).sum(dim=-1).clamp(min=1) * 2.0**-40).log()  # (R, P), beside the part's largest logit
+    # A part's noise is that of an id behind the last token's.
+    part_ids = torch.arange(vocab_size, vocab_size + num_parts, dtype=torch.int32, device=logits.device)
+    part = race(parts.amax(dim=-1) + luck * total, keys, part_ids, luck)  # (R,)
+    token_ids = part[:, None] * size + torch.arange(size, device=logits.device)  # (R, size)
+    return part * size + race(logits.gather(-1, token_ids), keys, token_ids.int(), luck)
+
+
+def race(logits: Tensor, keys: Tensor, ids: Tensor, luck: Tensor | float) -> Tensor:
+    """One of n (R,) for each row (R, n), number i with the probability softmax(logits)[i].
 
     The smallest of independent exponential variables of rates p_i is number i with probability p_i. E / p_i is such a
     variable if E has rate 1, and to compare logarithms spares the softmax: log p_i is the logit but for a constant.
     """
-    return (logits - exponential_noise(seeds, positions, logits.shape[-1]).log()).argmax(dim=-1)
+    return (logits - luck * noise_of(keys, ids).log()).argmax(dim=-1)
 
 
-def exponential_noise(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
-    """(R, V) exponential variables of rate 1, for each row's seed and position and each token id."""
-    return noise_of(row_keys(seeds, positions), torch.arange(vocab_size, dtype=torch.int32, device=seeds.device))
-
-
-def noise_of(keys: Tensor, token_ids: Tensor) -> Tensor:
-    """(R, n) exponential variables of rate 1, each a hash of its row's keys (R, 2) and of its token id, (n,) or (R, n) int32.
+def noise_of(keys: Tensor, ids: Tensor) -> Tensor:
+    """(R, n) exponential variables of rate 1, each a hash of its row's keys (R, 2) and of its id, (n,) or (R, n) int32.
 
     Winners are tiny: so v = (31 bits of hash + 1/2) / 2**31 is turned into -log(1 - v), exact near 0; v is kept below 1.
     """
-    bits = hash32(token_ids * (keys[:, :1] | 1) + keys[:, 1:]) & MASK_31  # the multiplier is odd: no two ids meet
+    bits = hash32(ids * (keys[:, :1] | 1) + keys[:, 1:]) & MASK_31  # the multiplier is odd: no two ids meet
     share = ((bits.float() + 0.5) * 2.0**-31).clamp(max=1 - 2.0**-24)
     # log(1 - v) by its first terms where 1 - v would lose the digits of v: two logarithms a logit are what sampling costs.
     return torch.where(share < 2.0**-10, share + 0.5 * share * share, -torch.log(1 - share))

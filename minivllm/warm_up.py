@@ -34,7 +34,10 @@ def warm_up(runner: ModelRunner) -> float:
     on_gpu, config = runner.device.type == "cuda", runner.config
     if on_gpu:
         runner.forward_model = CompiledModel(runner.model)
-        runner.zero_blocks = torch.compile(runner.zero_blocks, dynamic=True)  # by itself torch takes 32 kernels for a large cache
+        # By itself torch takes 32 kernels to zero blocks of a large cache. Without its shape the one kernel would divide by it for
+        # every number, 40 times slower; and to choose between two, torch would keep a copy of the cache in pinned host memory.
+        torch._dynamo.mark_static(runner.blocks)
+        runner.zero_blocks = torch.compile(runner.zero_blocks, dynamic=True, options={"triton.autotune_pointwise": False})
     buckets = token_buckets(config.max_num_batched_tokens or 0, sum(weight.numel() for weight in runner.model.parameters()))
     prompts = PromptGraphs(runner.forward_model, runner.kv_caches, runner.rows, buckets, use_graphs=on_gpu)
     decodes = DecodeGraphs(runner.model, runner.forward_model, runner.kv_caches, runner.rows, config.max_num_seqs,
@@ -51,7 +54,7 @@ def warm_up(runner: ModelRunner) -> float:
                 rows, seq_lens = runner.upload(inputs.rows, inputs.seq_lens)
                 runner.forward_ungraphed(inputs, rows, seq_lens, wanted)
         for num_blocks in (1, 2):
-            runner.zero_blocks(runner.kv_cache, upload(np.full(num_blocks, NULL_BLOCK), runner.device), runner.block_size)
+            runner.zero_blocks(runner.blocks, upload(np.full(num_blocks, NULL_BLOCK), runner.device))
         return seconds + prompts.capture()
 
 

@@ -21,6 +21,7 @@ from minivllm.attention import (
     AttentionMetadata,
     PagedAttention,
     allocate_kv_cache,
+    by_block,
     context_slots,
     gather_kv,
     group_by_length,
@@ -219,7 +220,7 @@ def test_t24_a_block_is_zeroed_when_it_is_handed_out():
     cache = one_layer(6, 4, 2, 8)
     for tensor in (cache.key_cache, cache.value_cache):
         tensor.fill_(NAN)
-    zero_blocks(cache.kv_cache[None], torch.tensor([5, 2]), 4)
+    zero_blocks(by_block(cache.kv_cache[None], 4), torch.tensor([5, 2]))
     for tensor in (cache.key_cache, cache.value_cache):
         clean = [block for block in range(6) if not tensor[:, block * 4 : block * 4 + 4].isnan().any()]
         dirty = [block for block in range(6) if tensor[:, block * 4 : block * 4 + 4].isnan().all()]

@@ -203,7 +203,7 @@ def test_t18_a_block_is_taken_when_its_first_slot_is_needed(size):
             num_blocks = len(manager.get_block_ids("A"))
             need = -(-request.num_tokens // size)
             assert num_blocks == need, f"{request.num_tokens} tokens in {num_blocks} blocks of {size} instead of {need}"
-            request.append_output_token_id(5)
+            request.all_token_ids.append(5)
             manager.allocate_slots(request, 1)
             request.num_computed_tokens += 1
 

@@ -14,7 +14,7 @@ from transformers import generation as hf
 
 from minivllm import sampler
 from minivllm.logprobs import compute_logprobs, prompt_logprobs, to_dicts
-from minivllm.sampler import NEVER, exponential_noise, mask_and_bias, sample, warp
+from minivllm.sampler import NEVER, mask_and_bias, noise_of, row_keys, sample, warp
 from minivllm.sampling_metadata import RowParams, SamplingMetadata, encode_bad_words, is_plain
 from minivllm.sampling_params import SamplingParams
 
@@ -284,13 +284,14 @@ def test_the_choice_is_made_in_float32(dtype):
 
 
 def chi_square_z(counts, probs):
-    """How many standard deviations the chi-square statistic of these counts lies above its mean."""
+    """The chi-square statistic of these counts as standard deviations of a normal variable (Wilson and Hilferty 1931)."""
     expected = probs.double() * counts.sum()
     is_possible = expected > 0
     assert counts[~is_possible].sum() == 0, f"{int(counts[~is_possible].sum())} draws of tokens that have no probability"
     degrees = int(is_possible.sum()) - 1
     statistic = float(((counts - expected)[is_possible] ** 2 / expected[is_possible]).sum())
-    return (statistic - degrees) / math.sqrt(2 * max(degrees, 1))
+    spread = 2 / (9 * max(degrees, 1))  # a cube root makes the statistic nearly normal, also with few degrees of freedom
+    return ((statistic / max(degrees, 1)) ** (1 / 3) - (1 - spread)) / math.sqrt(spread)
 
 
 def check_draws(params, seed=0, num_draws=20_000):
@@ -320,6 +321,21 @@ def test_draws_over_seeds_follow_the_distribution():
     metadata = replace(metadata, seeds=torch.arange(20_000), positions=torch.full((20_000,), 7))
     z = chi_square_z(torch.bincount(sample(logits.expand(20_000, 10), metadata), minlength=10), logits.softmax(-1)[0])
     assert z < 5, f"20,000 seeds are {z:.1f} standard deviations from the distribution"
+
+
+@pytest.mark.parametrize(("vocab_size", "part"), [(13, 1), (96, 32), (640, 64)])
+def test_parts_are_as_likely_as_their_tokens(vocab_size, part):
+    """Many tokens, the first part of them impossible and the second full of unlikely ones: all come as often as they should."""
+    logits = random_logits(3, 1, vocab_size, scale=1.0)
+    logits[:, :part], logits[:, part : 2 * part] = NEVER, logits[:, part : 2 * part] - 6
+    num_draws = 40_000
+    tokens = sampler.draw(logits.expand(num_draws, -1), torch.full((num_draws,), 5), torch.arange(num_draws))
+    z = chi_square_z(torch.bincount(tokens, minlength=vocab_size), logits.softmax(-1)[0])
+    assert z < 5, f"draws from {vocab_size} tokens are {z:.1f} standard deviations from the distribution"
+
+
+def exponential_noise(seeds, positions, num_ids):
+    return noise_of(row_keys(seeds, positions), torch.arange(num_ids, dtype=torch.int32))
 
 
 def check_pairs(name, first, second):
@@ -546,27 +562,36 @@ def penalty_divides_always(logits, seen, penalty):
     return torch.where(seen, logits / penalty[:, None], logits)
 
 
-def noise_without_position(seeds, positions, vocab_size):
-    return TRUE["exponential_noise"](seeds, torch.zeros_like(positions), vocab_size)
+def keys_without_position(seeds, positions):
+    return TRUE["row_keys"](seeds, torch.zeros_like(positions))
 
 
-def noise_by_row(seeds, positions, vocab_size):
-    return TRUE["exponential_noise"](seeds + torch.arange(len(seeds)), positions, vocab_size)
+def keys_by_row(seeds, positions):
+    return TRUE["row_keys"](seeds + torch.arange(len(seeds)), positions)
 
 
-def uniform_noise(seeds, positions, vocab_size):
-    return TRUE["exponential_noise"](seeds, positions, vocab_size).neg().exp()
+def uniform_noise(keys, ids):
+    return TRUE["noise_of"](keys, ids).neg().exp()
+
+
+def parts_of_equal_weight(logits):
+    return torch.full_like(TRUE["token_weights"](logits), 2**40)
+
+
+def luck_of_parts_alone(logits, keys, ids, luck):
+    return TRUE["race"](logits, keys, ids, luck if ids.ndim == 1 else 0)
 
 
 def temperature_multiplies(logits, temperature):
     return logits * temperature[:, None]
 
 
-TRUE = {name: getattr(sampler, name) for name in ("top_k", "repetition_penalty", "exponential_noise")}
+TRUE = {name: getattr(sampler, name) for name in ("top_k", "repetition_penalty", "row_keys", "noise_of", "token_weights", "race")}
 PLANTED = [
     ("top_p", top_p_without_the_crossing_token), ("top_k", top_k_one_too_many), ("repetition_penalty", penalty_twice),
-    ("repetition_penalty", penalty_divides_always), ("exponential_noise", noise_without_position),
-    ("exponential_noise", noise_by_row), ("exponential_noise", uniform_noise), ("apply_temperature", temperature_multiplies),
+    ("repetition_penalty", penalty_divides_always), ("row_keys", keys_without_position), ("row_keys", keys_by_row),
+    ("noise_of", uniform_noise), ("token_weights", parts_of_equal_weight), ("race", luck_of_parts_alone),
+    ("apply_temperature", temperature_multiplies),
 ]
 
 

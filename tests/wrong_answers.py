@@ -205,9 +205,9 @@ WRONG: dict[str, tuple[tuple[str, str], ...]] = {
         (" for request_id in request_ids if request_id in self.requests]", " for request_id in request_ids]"),
     ),
     "14-buckets": (
-        ("range(256, max_num_seqs, 64), max_num_seqs]", "range(256, max_num_seqs, 64)]"),
-        ("range(32, min(max_num_seqs, 256), 32)", "range(32, 256, 32)"),  # larger than max_num_seqs
+        ("[*(size for size in sizes if size < max_num_seqs), max_num_seqs]", "[size for size in sizes if size < max_num_seqs]"),
+        ("*(size for size in sizes if size < max_num_seqs)", "*sizes"),  # larger than max_num_seqs
         ("if size >= num_requests)", "if size > num_requests)"),
-        ("range(32, min(max_num_seqs, 256), 32), *range(256, max_num_seqs, 64), max_num_seqs]", "max_num_seqs]"),
+        ("*range(128, 256, 16), ", ""),
     ),
 }
