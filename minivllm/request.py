@@ -120,15 +120,11 @@ class Request:
     @property
     def output_token_ids(self) -> list[int]:
         """A copy of the sampled tokens."""
-        return self.output_token_ids_from(0)
+        return self.all_token_ids[self.num_prompt_tokens:].tolist()
 
     @property
     def is_finished(self) -> bool:
         return self.status > RequestStatus.PREEMPTED
-
-    def output_token_ids_from(self, start: int) -> list[int]:
-        """A copy of the sampled tokens but for the first `start`: for one new token a long answer is not copied."""
-        return self.all_token_ids[len(self.prompt_token_ids) + start:].tolist()
 
     def __repr__(self) -> str:
         return (f"Request({self.request_id!r}, {self.status.name}, {self.num_computed_tokens}/{self.num_tokens} computed, "
