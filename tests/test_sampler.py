@@ -386,7 +386,8 @@ def test_t40_noise_is_the_published_hash_bit_for_bit(seed, position, vocab_size)
     token = vocab_size - 1
     noise = float(exponential_noise(torch.tensor([seed]), torch.tensor([position]), vocab_size)[0, token])
     wanted = min(slow_noise(seed, position, token), -math.log(2.0**-24))
-    assert math.isclose(noise, wanted, rel_tol=1e-3 if wanted > 1 else 1e-5), f"noise is {noise}, plain integers give {wanted}"
+    # 1 - v has 24 bits: at the smallest v that is taken from a logarithm, 2**-10, that is 3e-5 of the noise.
+    assert math.isclose(noise, wanted, rel_tol=1e-3 if wanted > 1 else 4e-5), f"noise is {noise}, plain integers give {wanted}"
 
 
 @given(st.integers(0, 10**6), st.integers(1, 6), st.sampled_from([7, 97, 128, 640, 1000]), st.booleans())
