@@ -70,7 +70,11 @@ ONE_TOKEN: dict[str, Any] = {"realize_acc_reads_threshold": 1, "triton.enable_pd
 
 
 def small_tiles() -> AbstractContextManager[None]:
-    """As long as this lasts, what is compiled in this thread has the tiles of `row_tiles.py`."""
+    """As long as this lasts, what is compiled in this thread has the tiles of `row_tiles.py`.
+
+    The option "inductor_choices_class" only names them to torch's cache: torch reads it once a thread, and would then keep ours for
+    the host program's own functions, or never see ours.
+    """
     from torch._inductor.virtualized import V  # the compiler: two seconds
 
     from minivllm.row_tiles import RowTiles

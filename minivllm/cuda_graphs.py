@@ -32,7 +32,7 @@ WARM_UP_RUNS = 2  # the first compiles, the second runs what was compiled
 
 
 def bucket_sizes(max_num_seqs: int) -> list[int]:
-    """Batch sizes to capture, for any of 1..max_num_seqs: 1, 2, 4, 8, 16, steps of 32 to 128, of 16 to 256, of 64; max_num_seqs.
+    """Batch sizes to capture: 1, 2, 4, 8, 16, from there in steps of 32 to 128, of 16 to 256, of 64; the last is max_num_seqs.
 
     Up to 128 rows a product takes as long as its weights take to be read; beyond that each row of padding is arithmetic.
     """

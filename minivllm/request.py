@@ -87,7 +87,7 @@ class Request:
         self.sampling_params = sampling_params
         # The end of the context already counted in, so that the scheduler has one number to compare with.
         self.max_tokens = max_tokens if max_tokens is not None else sampling_params.max_tokens
-        self.max_num_tokens = self.num_prompt_tokens + (self.max_tokens or math.inf)
+        self.max_num_tokens = self.num_prompt_tokens + (self.max_tokens or math.inf)  # the prompt included
         # The first is *the* EOS (stop_reason None); ending on another one reports its id, as in vLLM.
         self.eos_token_ids = tuple(eos_token_ids)
         self.seed = seed  # always a number: unseeded requests get one from the engine's seed

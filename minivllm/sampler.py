@@ -244,7 +244,7 @@ def noise_of(keys: Tensor, ids: Tensor) -> Tensor:
     """
     bits = hash32(ids * (keys[:, :1] | 1) + keys[:, 1:]) & MASK_31  # the multiplier is odd: no two ids meet
     share = ((bits.float() + 0.5) * 2.0**-31).clamp(max=1 - 2.0**-24)
-    # log(1 - v) by its first terms where 1 - v would lose the digits of v: two logarithms a logit are what sampling costs.
+    # log(1 - v) by its first terms where 1 - v would lose the digits of v.
     return torch.where(share < 2.0**-10, share + 0.5 * share * share, -torch.log(1 - share))
 
 

@@ -108,7 +108,7 @@ class Scheduler:
                 break  # it gave way itself, so it was the newest
             if new_blocks:
                 self.next_output.new_block_ids[request.request_id] = new_blocks
-            if self.record_decisions:
+            if self.record_decisions:  # asked here as well: every token of every request comes by
                 self._decide(request, "schedule", "computes {tokens}, takes {blocks}, {free} left", len(new_blocks), num_new_tokens)
             self._commit(request, num_new_tokens, len(new_blocks))
             budget -= num_new_tokens

@@ -35,7 +35,7 @@ def warm_up(runner: ModelRunner) -> float:
     if on_gpu:
         runner.forward_model = CompiledModel(runner.model)
         # By itself torch takes 32 kernels to zero blocks of a large cache. Without its shape the one kernel would divide by it for
-        # every number, 40 times slower; and to choose between two, torch would keep a copy of the cache in pinned host memory.
+        # every number, ten times slower; and to choose between two, torch would keep a copy of the cache in pinned host memory.
         torch._dynamo.mark_static(runner.blocks)
         runner.zero_blocks = torch.compile(runner.zero_blocks, dynamic=True, options={"triton.autotune_pointwise": False})
     buckets = token_buckets(config.max_num_batched_tokens or 0, sum(weight.numel() for weight in runner.model.parameters()))
