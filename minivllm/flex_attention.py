@@ -25,16 +25,22 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from minivllm.attention import PagedAttention
 
-QUERY_TILE = 128  # FlexAttention's own block of queries; each tile belongs to one request
+QUERY_TILE = 64  # FlexAttention's own block of queries; each tile belongs to one request
 # Into how many parts the kernel for decodes cuts each context: one program for each of a GPU's hundred-odd processors, all
 # requests together, and two parts while that does not make more than four each: contexts differ in length, and the longest
 # ends the step (96 requests of 0.5B: 34 -> 25 microseconds). FlexAttention's own choice takes twice as long at batch 1; and three
 # stages hide the wait for memory.
 SPLIT_PROGRAMS, MOST_SPLITS, HALVED_PROGRAMS = 128, 16, 512
-DECODE_KERNEL = {"num_warps": 2, "num_stages": 3}
-# Microseconds a layer for 4 x 2,048 tokens of 7B: 739 -> 570 by a KV cache whose shape the kernel knows, and 511 by fewer warps and
-# keys at a time (0.5B: 229 -> 263). Without pipeline stages it is faster, too.
-PROMPT_KERNEL, WIDE_HEAD = {"num_stages": 1}, 128
+# Tiles are full, and so are blocks. FlexAttention cannot know, and would look at every read whether it lies within bounds.
+WHOLE = {"IS_DIVISIBLE": True}
+DECODE_KERNEL = WHOLE | {"num_warps": 2, "num_stages": 3}
+# Microseconds a layer for 8,192 tokens of 0.5B and of 7B: 76 and 205 with prompts of 100 to 1,024 tokens, 143 and 390 with four of
+# 2,048. With the checks and tiles of 128 queries: 127 and 290, 213 and 507.
+PROMPT_KERNEL, KEYS_AT_ONCE = WHOLE | {"num_warps": 4, "num_stages": 2, "BLOCK_M": QUERY_TILE}, 32
+# One kernel joins the parts of a context: each of its few sums is written out, and nothing on the way is stored. Left alone,
+# torch.compile makes two or three (a decode of 0.5B: 5.5 -> 4.7 microseconds, eight of 7B: 12.4 -> 9.5).
+JOINED_AT_ONCE: dict[str, Any] = {"unroll_reductions_threshold": MOST_SPLITS + 1, "realize_opcount_threshold": 1000,
+                                  "realize_reads_threshold": 100, "realize_acc_reads_threshold": 100}
 
 
 @functools.cache
@@ -42,9 +48,7 @@ def compiled(*, dynamic: bool) -> Any:
     """The kernel for decodes exists only for a batch size that is known, so there is one per bucket. The one for prompts has a
     dynamic number of queries, and is compiled once. Made when first asked for: to import the compiler takes two seconds.
     """
-    from minivllm.row_tiles import RowTiles
-
-    return torch.compile(flex_attention, dynamic=dynamic, options={"inductor_choices_class": RowTiles})
+    return torch.compile(flex_attention, dynamic=dynamic, options=JOINED_AT_ONCE)
 
 
 @dataclass
@@ -156,12 +160,9 @@ def decode_options(batch_size: int, num_kv_heads: int) -> Any:
     return DECODE_KERNEL | {"SPLIT_KV": max(1, min(MOST_SPLITS, SPLIT_PROGRAMS // programs), min(2, HALVED_PROGRAMS // programs))}
 
 
-def tile_options(block_size: int, dtype: torch.dtype, head_dim: int) -> Any:
+def tile_options(block_size: int) -> Any:
     """Queries and keys that one program of the kernel for prompts holds at a time: they must divide tile and block."""
-    if dtype.itemsize > 2:
-        return {"BLOCK_M": 64, "BLOCK_N": min(32, block_size)}
-    num_warps, keys = (4, 32) if head_dim >= WIDE_HEAD else (8, 64)
-    return PROMPT_KERNEL | {"num_warps": num_warps, "BLOCK_M": 128, "BLOCK_N": min(keys, block_size)}
+    return PROMPT_KERNEL | {"BLOCK_N": min(KEYS_AT_ONCE, block_size)}
 
 
 class FlexPagedAttention(PagedAttention):
@@ -205,5 +206,5 @@ class FlexPagedAttention(PagedAttention):
         """Tiles of queries, q (prefill tokens, H, D)."""
         tiles = q[metadata.tile_rows].transpose(0, 1)[None]  # (1, H, Q * tile, D)
         output = compiled(dynamic=True)(tiles, self.keys, self.values, block_mask=metadata.block_mask, enable_gqa=True,
-                                        kernel_options=tile_options(self.block_size, q.dtype, q.shape[-1]))
+                                        kernel_options=tile_options(self.block_size))
         return output[0].transpose(0, 1)[metadata.token_rows]  # (prefill tokens, H, D)

@@ -215,7 +215,7 @@ class TestOnTheDevice:
         assert outputs[0] == outputs[1]
 
     def test_the_kernel_for_decodes_is_the_one_that_runs(self):
-        """The generated kernel splits the keys, as only the one for decodes does: not the general one, which is slower."""
+        """The generated kernel splits the keys, as only the one for decodes does: not the general one. Another joins the parts."""
         from torch._inductor.utils import run_and_get_code
 
         from minivllm.flex_attention import compiled, decode_metadata, decode_options, ends
@@ -228,3 +228,5 @@ class TestOnTheDevice:
         _, code = run_and_get_code(compiled(dynamic=False), q, k, k, block_mask=metadata.block_mask,
                                    kernel_options=decode_options(2, 2))
         assert any("SPLIT_KV" in text for text in code), "another kernel was generated"
+        kernels = sum(text.count("async_compile.triton(") for text in code)
+        assert kernels == 2, f"{kernels} kernels, not the one for decodes and one that joins its parts"
