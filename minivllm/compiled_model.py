@@ -64,9 +64,10 @@ def second_half(num_tokens: int) -> Callable[..., Tensor]:
     return one_token.after_attention if num_tokens == 1 else after_attention
 
 
-# The first switch keeps silu(gate) * up from being computed anew for every row of `down`. With the second a kernel starts while the
-# one before it ends, and waits only where it reads what that one wrote (Programmatic Dependent Launch).
-ONE_TOKEN: dict[str, Any] = {"realize_acc_reads_threshold": 1, "triton.enable_pdl": True}
+# Coordinate descent finds tiles where `row_tiles.py` has none. The second switch keeps silu(gate) * up from being computed anew for
+# every row of `down`. With the third a kernel starts while the one before it ends, and waits only where it reads what that one wrote
+# (Programmatic Dependent Launch).
+ONE_TOKEN: dict[str, Any] = {"coordinate_descent_tuning": True, "realize_acc_reads_threshold": 1, "triton.enable_pdl": True}
 
 
 def small_tiles() -> AbstractContextManager[None]:
