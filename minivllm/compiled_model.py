@@ -65,8 +65,8 @@ def second_half(num_tokens: int) -> Callable[..., Tensor]:
 
 
 # Coordinate descent finds tiles where `row_tiles.py` has none. The second switch keeps silu(gate) * up from being computed anew for
-# every row of `down`. With the third a kernel starts while the one before it ends, and waits only where it reads what that one wrote
-# (Programmatic Dependent Launch).
+# every row of `down`. With the third a kernel starts while the one before it ends, and waits only where it reads what that one
+# wrote (Programmatic Dependent Launch).
 ONE_TOKEN: dict[str, Any] = {"coordinate_descent_tuning": True, "realize_acc_reads_threshold": 1, "triton.enable_pdl": True}
 
 
