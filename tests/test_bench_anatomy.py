@@ -20,6 +20,7 @@ from minivllm.bench.command import main
     ("triton_poi_fused_mul_silu_split_1", "SiLU times up"),
     ("triton_poi_fused_add_cat_index_copy_mul_neg_split_2", "rotation, KV write"),
     ("triton_red_fused___rshift____to_copy_add_amax_arange_bitwise_and_3", "sampling"),
+    ("triton_per_fused__to_copy_amax_clamp_eq_exp_index_masked_fill_mul_reciprocal_sub_sum_unsqueeze_view_0", "sampling"),
     ("Memset (Device)", "rows, masks, the rest"),
 ])
 def test_a_kernel_is_grouped_by_what_it_mainly_does(kernel, group):

@@ -35,7 +35,7 @@ from minivllm.sampling_params import SamplingParams
 # The first that matches counts. Generated kernels carry the names of the operations that were fused into them.
 GROUPS = (
     ("attention", ("flex_attention",)),
-    ("sampling", ("argmax", "rshift", "bitwise")),
+    ("sampling", ("argmax", "rshift", "bitwise", "amax")),
     # A sum is a product with one row, whatever else is in it (`one_token.py`).
     ("matrix products", ("nvjet", "gemm", "gemv", "cublas", "cutlass", "_mm_", "splitk", "_sum", "_expand_", "bmm")),
     ("norms, residual additions", ("rsqrt",)),
