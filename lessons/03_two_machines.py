@@ -137,8 +137,8 @@ for name, queries, contexts in (
 #
 # There is a third side to it, electricity. 790 is the rate of a short burst: an H200 may draw 700 W, and kept busy for
 # seconds by arithmetic alone, or by reading alone, it is at that limit and lowers its clock, to 659 TFLOP/s. Then the
-# slower of the two sides decides no more. 256 answers of a 7B model took 7.3 kJ, and its reads and its arithmetic,
-# measured apart, cost 3.3 and 4.0 kJ (`docs/ledger.md`).
+# slower of the two sides decides no more. 256 answers of a 7B model took 7.3 kJ; at what a byte and an operation cost
+# alone, reads are 3.3 of these and arithmetic 4.0 (`docs/ledger.md`).
 #
 # A batch has a price too: every request in it waits until the step is done, and a prompt in the same step makes it
 # long. Lessons 5 to 10 are about who shares a step with whom.
