@@ -14,8 +14,9 @@ it (`one_token.py`), and one of up to 256 its own way through two of the matrice
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -64,23 +65,36 @@ def second_half(num_tokens: int) -> Callable[..., Tensor]:
     return one_token.after_attention if num_tokens == 1 else after_attention
 
 
-# Coordinate descent finds tiles where `row_tiles.py` has none. The second switch keeps silu(gate) * up from being computed anew for
-# every row of `down`. With the third a kernel starts while the one before it ends, and waits only where it reads what that one
-# wrote (Programmatic Dependent Launch).
-ONE_TOKEN: dict[str, Any] = {"coordinate_descent_tuning": True, "realize_acc_reads_threshold": 1, "triton.enable_pdl": True}
+# The first switch keeps silu(gate) * up from being computed anew for every row of `down`. With the second a kernel starts while the
+# one before it ends, and waits only where it reads what that one wrote (Programmatic Dependent Launch).
+ONE_TOKEN: dict[str, Any] = {"realize_acc_reads_threshold": 1, "triton.enable_pdl": True}
 
 
-def small_tiles() -> AbstractContextManager[None]:
-    """As long as this lasts, what is compiled in this thread has the tiles of `row_tiles.py`.
+@contextmanager
+def compiling() -> Iterator[None]:
+    """As long as this lasts, what is compiled in this thread is compiled quickly, and sums have the tiles of `row_tiles.py`.
 
-    The option "inductor_choices_class" only names them to torch's cache: torch reads it once a thread, and would then keep ours for
-    the host program's own functions, or never see ours.
+    Nothing is searched for by timing kernels: that took 20 s of a start and gained nothing. Numbers like a norm's epsilon are
+    constants: by itself torch.compile makes them inputs, finds at the end that nothing varies, and begins anew. And Python's
+    collector waits: a tenth of the time went into looking for garbage among millions of the compiler's objects.
+
+    The option "inductor_choices_class" only names the tiles to torch's cache: torch reads it once a thread, and would then keep
+    ours for the host program's own functions, or never see ours.
     """
+    from torch._inductor import config as inductor
     from torch._inductor.virtualized import V  # the compiler: two seconds
 
     from minivllm.row_tiles import RowTiles
 
-    return V.set_choices_handler(RowTiles())
+    collects = gc.isenabled()
+    with (V.set_choices_handler(RowTiles()), inductor.patch({"triton.autotune_pointwise": False}),
+          torch._dynamo.config.patch(specialize_float=True)):
+        gc.disable()
+        try:
+            yield
+        finally:
+            if collects:
+                gc.enable()
 
 
 class OneAndMany:

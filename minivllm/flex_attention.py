@@ -35,6 +35,9 @@ SPLIT_PROGRAMS, MOST_SPLITS, HALVED_PROGRAMS = 128, 16, 512
 # every read whether it lies within bounds. (A decode's few queries have a switch of their own, which is left alone.)
 WHOLE = {"IS_DIVISIBLE": True}
 DECODE_KERNEL = WHOLE | {"num_warps": 2, "num_stages": 3}
+# The general kernel for decodes that nobody splits takes the few queries of a KV head as one tile, padded to the 16 that a
+# tensor core wants: here it has to look where they end.
+UNSPLIT_KERNEL, UNSPLIT_QUERIES, UNSPLIT_KEYS = {"num_warps": 2, "num_stages": 3}, 16, 64
 # Microseconds a layer for 8,192 tokens of 0.5B and of 7B: 76 and 205 with prompts of 100 to 1,024 tokens, 143 and 390 with four of
 # 2,048. With the checks and tiles of 128 queries: 127 and 290, 213 and 507.
 PROMPT_KERNEL, KEYS_AT_ONCE = WHOLE | {"num_warps": 4, "num_stages": 2, "BLOCK_M": QUERY_TILE}, 32
@@ -46,8 +49,9 @@ JOINED_AT_ONCE: dict[str, Any] = {"unroll_reductions_threshold": MOST_SPLITS + 1
 
 @functools.cache
 def compiled(*, dynamic: bool) -> Any:
-    """The kernel for decodes exists only for a batch size that is known, so there is one per bucket. The one for prompts has a
-    dynamic number of queries, and is compiled once. Made when first asked for: to import the compiler takes two seconds.
+    """The kernel that splits contexts exists only for a batch size that is known, so there is one per bucket that wants it. The
+    general one has a dynamic number of queries, and is compiled once for prompts and once for the decodes of all larger batches.
+    Made when first asked for: to import the compiler takes two seconds.
     """
     return torch.compile(flex_attention, dynamic=dynamic, options=JOINED_AT_ONCE)
 
@@ -155,10 +159,18 @@ def prefill_metadata(tiles: Tensor, token_rows: Tensor, block_table: Tensor, blo
     return PrefillMetadata(block_mask, (first_tokens[:, None] + lane).flatten().long(), token_rows.long())
 
 
-def decode_options(batch_size: int, num_kv_heads: int) -> Any:
-    """How the kernel for decodes is built, as measured on an H200."""
+def num_splits(batch_size: int, num_kv_heads: int) -> int:
+    """Into how many parts each context of a batch of decodes is cut, as measured on an H200."""
     programs = batch_size * num_kv_heads
-    return DECODE_KERNEL | {"SPLIT_KV": max(1, min(MOST_SPLITS, SPLIT_PROGRAMS // programs), min(2, HALVED_PROGRAMS // programs))}
+    return max(1, min(MOST_SPLITS, SPLIT_PROGRAMS // programs), min(2, HALVED_PROGRAMS // programs))
+
+
+def decode_options(num_splits: int, group: int, block_size: int) -> Any:
+    """How the kernel for decodes is built, with `group` queries a KV head."""
+    if num_splits > 1:
+        return DECODE_KERNEL | {"SPLIT_KV": num_splits}
+    queries = max(UNSPLIT_QUERIES, 1 << (group - 1).bit_length())
+    return UNSPLIT_KERNEL | {"BLOCK_M": queries, "BLOCK_N": min(UNSPLIT_KEYS, block_size)}
 
 
 def tile_options(block_size: int) -> Any:
@@ -198,9 +210,13 @@ class FlexPagedAttention(PagedAttention):
             padded = q.new_empty_strided((size, *q.shape[1:]), q.stride())  # with other strides it would be compiled anew
             padded[:count], padded[count:] = q, 0
             q = padded
-        output = compiled(dynamic=False)(
-            q.view(size, num_kv_heads, -1, head_dim), self.keys, self.values,
-            block_mask=metadata.block_mask, kernel_options=decode_options(size, num_kv_heads))
+        splits, q = num_splits(size, num_kv_heads), q.view(size, num_kv_heads, -1, head_dim)
+        if splits == 1:  # nothing but the batch size may differ
+            for dim in (1, 2, 3):
+                torch._dynamo.mark_static(q, dim)
+            torch._dynamo.mark_static(metadata.block_mask.kv_indices, 3)
+        output = compiled(dynamic=splits == 1)(q, self.keys, self.values, block_mask=metadata.block_mask,
+                                               kernel_options=decode_options(splits, q.shape[2], self.block_size))
         return output.flatten(1, 2)[:count]  # (B, H, D)
 
     def attend_prefill(self, q: Tensor, metadata: PrefillMetadata) -> Tensor:

@@ -1,18 +1,22 @@
-"""Lesson 14. How long sums are cut: into small tiles, so that all of a GPU keeps asking memory for more.
+"""Lesson 14. How long sums are cut: so that all of a GPU keeps asking memory for more, and no program ends as it has begun.
 
 Owns the tiles of the sums that torch.compile writes for steps of one token (`one_token.py`). Such a kernel reads every weight once
 and does little else: what counts is how many loads are on their way at any moment. A program that holds much at a time waits for
-all of it before it asks again, and few of them fit on a processor. So each takes 512 numbers at a time, four a thread:
+all of it before it asks again, and few of them fit on a processor; one that has little to do is over before that pays, and an
+H200 begins no more than 820 programs in a microsecond. So a row's length and the number of rows say what a program takes:
 
-    a row of 3,584 weights     512 | 512 | 512 | 512 | 512 | 512 | 512      one program of 128 threads, seven times round
+    at least    rows of                 as in                     a program of 128 threads takes
+    4,096       up to 1,024 numbers     0.5B: gate and up, head   4 whole rows at once
+    65,536      up to 2,048             1.5B: head                4 whole rows at once
+    256         a multiple of 512       7B: all                   one row, 512 numbers at a time:    512 | 512 | 512 | ...
+    256         more than 1,024         0.5B and 1.5B: down       one row, 1,024 at a time
 
-Left alone, torch.compile takes 2,048 numbers of a row, or searches from there (coordinate descent), one step at a time, timing the
-kernel alone; that found another place at every start. Microseconds of 7B's four products with one token, in the model on an H200:
+Everything else is left to torch.compile. It could search (coordinate descent), one step at a time and each kernel alone, which
+takes 12 s of a start and finds another place every time. Milliseconds of a step of one token, 200 positions, on an H200:
 
-    found by search: 130 - 159      512 numbers: 124      four rows of 512: 212      at full bandwidth: 111
-
-Rows that 512 does not divide are left to the search. Those of 0.5B have 896 numbers, or 4,864: the products of a step took 843
-microseconds in tiles of 4 x 128 and 2 x 256, and 489 in those of the search.
+    0.5B    left alone 0.76    found by search 0.68 - 0.74    these 0.60
+    1.5B    512 numbers, or left alone 1.38                   these 1.27
+    7B      found by search 4.1                               these 3.9, the weights at full bandwidth 3.4
 """
 
 from __future__ import annotations
@@ -22,8 +26,24 @@ from typing import Any
 from torch._inductor.choices import InductorChoices
 from torch._inductor.codegen.triton import FixedTritonConfig
 
-TILE, NUM_WARPS = 512, 4
-FEWEST_SUMS = 256  # fewer are better off with many threads each
+WHOLE_ROWS = ((4096, 1024), (65_536, 2048))  # at least so many rows, each of up to so many numbers
+ROWS_AT_ONCE, TILE, LONG_TILE, NUM_WARPS = 4, 512, 1024, 4
+FEWEST_SUMS = 256  # fewer are better off with many threads each; and rows below TILE are no weights
+
+
+def tiles_of(num_sums: int, length: int) -> dict[str, int] | None:
+    """What one program takes of `num_sums` rows of `length` numbers; None leaves it to torch.compile."""
+    if num_sums < FEWEST_SUMS or length < TILE:
+        return None
+    if any(num_sums >= fewest and length <= longest for fewest, longest in WHOLE_ROWS):
+        rows, tile = ROWS_AT_ONCE, 1 << (length - 1).bit_length()
+    elif length % TILE == 0:
+        rows, tile = 1, TILE
+    elif length > LONG_TILE:
+        rows, tile = 1, LONG_TILE
+    else:
+        return None
+    return {"XBLOCK": rows, "R0_BLOCK": tile, "num_warps": NUM_WARPS, "num_stages": 1}
 
 
 class RowTiles(InductorChoices):
@@ -31,7 +51,7 @@ class RowTiles(InductorChoices):
 
     def uuid(self) -> str:
         """For torch's cache: what is compiled depends on these numbers as well."""
-        return f"minivllm {TILE} {NUM_WARPS} {FEWEST_SUMS}"
+        return f"minivllm {WHOLE_ROWS} {ROWS_AT_ONCE} {TILE} {LONG_TILE} {NUM_WARPS} {FEWEST_SUMS}"
 
     def triton_kernel_kwargs(self, kernel_cls: Any, features: Any, groups: Any, kernel_kwargs: dict[str, Any]) -> dict[str, Any]:
         """How a kernel is generated. `groups` holds its axes, here {"x": number of sums, "r0_": numbers in each}."""
@@ -40,8 +60,7 @@ class RowTiles(InductorChoices):
         # With several tokens the number of sums is a symbol.
         if set(axes) != {"x", "r0_"} or not all(length.is_number for length in axes.values()):
             return kwargs
-        num_sums, length = int(axes["x"]), int(axes["r0_"])
-        if num_sums < FEWEST_SUMS or length % TILE:
+        tiles = tiles_of(int(axes["x"]), int(axes["r0_"]))
+        if tiles is None:
             return kwargs
-        tiles = {"XBLOCK": 1, "R0_BLOCK": TILE, "num_warps": NUM_WARPS, "num_stages": 1}
         return kwargs | {"fixed_config": FixedTritonConfig(tiles), "override_persistent_reduction": False}

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from minivllm.attention import NULL_BLOCK
-from minivllm.compiled_model import CompiledModel, small_tiles
+from minivllm.compiled_model import CompiledModel, compiling
 from minivllm.cuda_graphs import DecodeGraphs
 from minivllm.input_batch import StepInputs, upload
 from minivllm.model_runner import ModelRunner
@@ -46,7 +46,7 @@ def warm_up(runner: ModelRunner) -> float:
     runner.prompt_graphs, runner.graphs, runner.verify_graphs = prompts, decodes, verifications
     if not on_gpu:
         return 0.0
-    with small_tiles():
+    with compiling():
         seconds = decodes.capture() + (verifications.capture() if verifications else 0.0)
         # Steps beyond the largest graph run uncaptured, and their first one must not be the one that compiles.
         for inputs in (padding_inputs(num_tokens, runner.rows.padding_row) for num_tokens in (2, MOST_TOKENS + 2)):

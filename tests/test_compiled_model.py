@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tiny_models import load_ours, random_qwen2, relative_error
 
 from minivllm import one_token
-from minivllm.compiled_model import CompiledModel, small_tiles
+from minivllm.compiled_model import CompiledModel, compiling
 from minivllm.model import NoCache
 from minivllm.split_linear import MOST_TOKENS, SplitLinear, num_parts, split_linears
 
@@ -97,37 +97,53 @@ def test_only_the_wanted_tokens_leave_the_model(wanted):
         assert not wanted or relative_error(found, expected) < 1e-5, f"{name}: hidden states of the tokens {wanted} differ"
 
 
-def test_long_sums_are_cut_into_small_tiles():
-    """Every row that 512 divides, as all of 7B's, is taken 512 numbers at a time; the rest is torch's choice."""
+def test_sums_are_cut_so_that_programs_are_small_and_not_too_many():
+    """A step of one token takes the weights of each of Qwen2.5's products in tiles that were measured; the rest is torch's."""
     from sympy import Integer, Symbol
 
     from minivllm.row_tiles import RowTiles
 
-    def tiles(*axes) -> dict | None:
+    def tiles(*axes) -> tuple[int, int] | None:
         names = ("x", "r0_") if len(axes) == 2 else ("y", "x", "r0_")
         chosen = RowTiles().triton_kernel_kwargs(None, None, [dict(zip(names, axes))], {})
-        return chosen["fixed_config"].config if chosen else None
+        return tuple(chosen["fixed_config"].config[name] for name in ("XBLOCK", "R0_BLOCK")) if chosen else None
 
-    for rows, length in ((18_944, 3584), (3584, 18_944), (2304, 3584), (152_064, 3584), (1536, 1536)):
-        config = tiles(Integer(rows), Integer(length))
-        assert (config["XBLOCK"], config["R0_BLOCK"]) == (1, 512), f"{rows} sums of {length}: {config}"
-    for rows, length in ((4864, 896), (896, 4864), (151_936, 896), (1536, 8960), (3584, 16)):
-        assert tiles(Integer(rows), Integer(length)) is None, f"the last tile of a row of {length} numbers would be part empty"
+    for rows, length, expected in (
+            (18_944, 3584, (1, 512)), (3584, 18_944, (1, 512)), (2304, 3584, (1, 512)), (152_064, 3584, (1, 512)),  # 7B
+            (8960, 1536, (1, 512)), (1536, 8960, (1, 1024)), (1536, 1536, (1, 512)), (151_936, 1536, (4, 2048)),  # 1.5B
+            (4864, 896, (4, 1024)), (896, 4864, (1, 1024)), (576, 896, None), (896, 896, None), (151_936, 896, (4, 1024)),  # 0.5B
+            (3584, 16, None), (7168, 8, None), (152_064, 64, None)):  # the parts of an attention, of a vocabulary
+        found = tiles(Integer(rows), Integer(length))
+        assert found == expected, f"a program takes (rows, numbers) {found} of {rows} sums of {length}, not {expected}"
     assert tiles(Integer(1), Integer(3584)) is None, "one sum, a norm, wants all threads of a processor"
     assert tiles(Symbol("s0"), Integer(3584)) is None, "a step of several tokens has norms, and the library's products"
     assert tiles(Integer(8), Integer(512), Integer(3584)) is None, "three axes are not rows"
 
 
-def test_small_tiles_are_chosen_as_long_as_they_are_asked_for():
-    """Within `small_tiles` torch's compiler asks `RowTiles`, and behind it whoever it asked before."""
+def test_what_is_compiled_has_our_settings_as_long_as_they_are_asked_for():
+    """Within `compiling` torch's compiler asks `RowTiles`, times no kernels and takes floats as constants; afterwards as before."""
+    import gc
+
+    from torch._inductor import config
     from torch._inductor.virtualized import V
 
     from minivllm.row_tiles import RowTiles
 
-    def asks_us() -> bool:
-        return getattr(V.choices.triton_kernel_kwargs, "__func__", None) is RowTiles.triton_kernel_kwargs
+    def settings() -> tuple[bool, ...]:
+        return (getattr(V.choices.triton_kernel_kwargs, "__func__", None) is RowTiles.triton_kernel_kwargs,
+                not config.triton.autotune_pointwise, torch._dynamo.config.specialize_float, not gc.isenabled())
 
-    assert not asks_us()
-    with small_tiles():
-        assert asks_us(), "what is compiled here has other tiles"
-    assert not asks_us(), "the host program's own functions would be compiled with our tiles"
+    before = settings()
+    assert not before[0]
+    with compiling():
+        assert settings() == (True, True, True, True), "(tiles, no timing, constants, no collector)"
+    with pytest.raises(KeyError), compiling():
+        raise KeyError
+    assert settings() == before, "the host program's own functions would be compiled with our settings"
+    gc.disable()
+    try:
+        with compiling():
+            pass
+        assert not gc.isenabled(), "a collector that was off must stay off"
+    finally:
+        gc.enable()

@@ -214,19 +214,76 @@ class TestOnTheDevice:
             llm.close()
         assert outputs[0] == outputs[1]
 
+    @pytest.mark.parametrize("block_size", [16, 64])
+    def test_decodes_of_every_batch_size_read_their_own_contexts_and_nothing_else(self, block_size):
+        """Split and unsplit, at the edges between them: shuffled blocks, NaN wherever nobody looks, against plain softmax."""
+        from minivllm.flex_attention import FlexPagedAttention, decode_metadata, ends, num_splits
+
+        num_kv_heads, group, head_dim, blocks_each = 2, 7, 64, 192 // block_size
+        sizes, torch_rng = (1, 2, 8, 64, 128, 129, 144, 256), torch.Generator("cuda").manual_seed(0)
+        assert {num_splits(size, num_kv_heads) for size in sizes} >= {1, 2, 8, 16}, "every form of the kernel is meant"
+        num_blocks = 1 + max(sizes) * blocks_each
+        cache = torch.full((2, num_kv_heads, num_blocks * block_size, head_dim), float("nan"), device="cuda")
+        attention = FlexPagedAttention(cache, block_size)
+        table = 1 + torch.randperm(num_blocks - 1, generator=torch_rng, device="cuda").int().view(max(sizes), blocks_each)
+        lens = torch.randint(1, blocks_each * block_size + 1, (max(sizes),), generator=torch_rng, device="cuda", dtype=torch.int32)
+        lens[:3] = torch.tensor([1, block_size, blocks_each * block_size])
+        offsets = torch.arange(blocks_each * block_size, device="cuda")
+        slots = table[:, offsets // block_size].long() * block_size + offsets % block_size  # (B, positions)
+        is_seen = offsets < lens[:, None]
+        cache[:, :, slots[offsets // block_size * block_size < lens[:, None]]] = 0  # as blocks are when they are handed out
+        cache[:, :, slots[is_seen]] = torch.randn(2, num_kv_heads, int(is_seen.sum()), head_dim, generator=torch_rng, device="cuda")
+        q = torch.randn(max(sizes), num_kv_heads * group, head_dim, generator=torch_rng, device="cuda")
+        keys, values = cache[:, :, slots].masked_fill(~is_seen[..., None], 0).repeat_interleave(group, dim=1)
+        expected = torch.nn.functional.scaled_dot_product_attention(  # keys and values (H, B, positions, D)
+            q[:, :, None], keys.transpose(0, 1), values.transpose(0, 1), is_seen[:, None, None])[:, :, 0]
+        for size in sizes:
+            last = ends(lens[:size] - 1, table[:size], block_size)
+            metadata = decode_metadata(last, table[:size], block_size, cache.shape[2], group)
+            found = attention.attend_decode(q[:size].clone(), metadata)
+            error = ((found - expected[:size]).norm() / expected[:size].norm()).item()
+            assert error < 1e-4, f"{size} decodes in {num_splits(size, num_kv_heads)} parts each: relative error {error}"
+
     def test_the_kernel_for_decodes_is_the_one_that_runs(self):
-        """The generated kernel splits the keys, as only the one for decodes does: not the general one. Another joins the parts."""
+        """The generated kernel splits the keys, as only the one for decodes does: not the general one. Another joins the parts.
+        Where nobody splits, all batch sizes share one kernel, which takes the queries of a KV head as its tile.
+        """
         from torch._inductor.utils import run_and_get_code
 
-        from minivllm.flex_attention import compiled, decode_metadata, decode_options, ends
+        from minivllm.flex_attention import FlexPagedAttention, decode_metadata, ends, num_splits
 
         torch._dynamo.reset()
-        positions = torch.tensor([5, 40], dtype=torch.int32, device="cuda")
-        table = torch.tensor([[1, 0, 0], [2, 3, 4]], dtype=torch.int32, device="cuda")
-        metadata = decode_metadata(ends(positions, table, 16), table, 16, 160, 7)
-        q, k = torch.randn(2, 2, 7, 64, device="cuda"), torch.randn(1, 2, 160, 64, device="cuda")
-        _, code = run_and_get_code(compiled(dynamic=False), q, k, k, block_mask=metadata.block_mask,
-                                   kernel_options=decode_options(2, 2))
-        assert any("SPLIT_KV" in text for text in code), "another kernel was generated"
-        kernels = sum(text.count("async_compile.triton(") for text in code)
-        assert kernels == 2, f"{kernels} kernels, not the one for decodes and one that joins its parts"
+        attention = FlexPagedAttention(torch.zeros(2, 2, 160, 64, device="cuda"), 16)
+        for size, splits, expected in ((4, 16, 2), (64, 2, 2), (200, 1, 1)):
+            assert num_splits(size, 2) == splits
+            positions = torch.arange(size, dtype=torch.int32, device="cuda") % 48
+            table = torch.tensor([[2, 3, 4]], dtype=torch.int32, device="cuda").repeat(size, 1)
+            metadata = decode_metadata(ends(positions, table, 16), table, 16, 160, 7)
+            _, code = run_and_get_code(attention.attend_decode, torch.randn(size, 14, 64, device="cuda"), metadata)
+            assert any("SPLIT_KV" in text for text in code) == (splits > 1), f"{splits} parts: another kernel was generated"
+            kernels = sum(text.count("async_compile.triton(") for text in code)
+            assert kernels == expected, f"{splits} parts: {kernels} kernels, not {expected}: one attends, one joins the parts"
+        assert any("BLOCK_M : tl.constexpr = 16" in text for text in code), "a tile of 16 rows for the 7 queries of a KV head"
+
+    def test_large_batches_share_one_kernel_for_decodes(self):
+        """From the batch size on at which no context is split, no bucket has attention compiled anew; tokens are Hugging Face's."""
+        from torch._dynamo.utils import clear_compilation_metrics, get_compilation_metrics
+
+        from minivllm.cuda_graphs import bucket_sizes
+        from minivllm.flex_attention import num_splits
+
+        model, folder = random_qwen2(tempfile.mkdtemp(), 5, layers=2, hidden=64, heads=64, kv_heads=32, vocab=97, head_dim=16)
+        split = [size for size in bucket_sizes(96) if num_splits(size, 32) > 1]
+        assert split == [1, 2, 4, 8]
+        torch._dynamo.reset()
+        clear_compilation_metrics()
+        llm = LLM(str(folder), skip_tokenizer_init=True, device="cuda", attention_backend="flex_attention", max_model_len=128,
+                  block_size=16, num_blocks=900, dtype="float32", max_num_seqs=96)
+        compiled = [metrics.co_name for metrics in get_compilation_metrics()].count("flex_attention")
+        assert compiled <= len(split) + 1 + 2, f"{compiled} attentions; {len(split)} split, one for the others, two for prompts"
+        prompts = prompts_of(*range(3, 99))
+        expected = [hf_greedy(model, prompt, 6) for prompt in prompts[::7]]
+        for count in (8, 9, 64, 96):
+            ours = tokens_of(llm.generate(prompts[:count], greedy(6), use_tqdm=False))[::7]
+            assert ours == expected[: len(ours)], f"a batch of {count} differs from Hugging Face"
+        llm.close()
