@@ -184,8 +184,9 @@ class FlexPagedAttention(PagedAttention):
     def __init__(self, kv_cache: Tensor, block_size: int) -> None:
         super().__init__(kv_cache, block_size)
         self.keys, self.values = self.key_cache[None], self.value_cache[None]  # (1, K, num_slots, D) views
-        for tensor in (kv_cache, self.keys, self.values, self.keys._base):  # the last one is that of all layers
-            torch._dynamo.mark_static(tensor)  # its shape is a constant of every kernel
+        for tensor in (kv_cache, self.keys, self.values, self.keys._base):  # the last one holds all layers; in inference mode None
+            if tensor is not None:
+                torch._dynamo.mark_static(tensor)  # its shape is a constant of every kernel
 
     def write(self, k: Tensor, v: Tensor, slot_mapping: Tensor) -> None:
         """One write to one tensor, the whole cache of the layer: a compiled write to a view of it would copy all of it."""
