@@ -1,6 +1,6 @@
 """Lesson 14. The model in compiled regions: what lies between two attentions becomes one function, and all layers share it.
 
-Owns where torch.compile cuts. A layer is cut at its look back, since attention has kernels of its own, one per batch size;
+Owns where torch.compile cuts. A layer is cut at its look back, since attention has kernels of its own, some for one batch size;
 the rest of it and the beginning of the next layer are one region, so that adding, norm, rotation and the write of the KV
 become four kernels around the matrix products. Compiling all 24 layers at once takes 40 s for every batch size; one region
 takes a few, once, because the weights are its inputs.
@@ -98,16 +98,24 @@ def compiling() -> Iterator[None]:
 
 
 class OneAndMany:
-    """A function compiled twice, for one token and for any other number of them: torch.compile would part the two anyway."""
+    """A function compiled twice, for one token and for any other number of them: torch.compile would part the two anyway.
+
+    Its arguments that are tensors have a line for each token. Of these the number may vary; all other sizes are constants.
+    """
 
     def __init__(self, function: Callable[..., Any]) -> None:
         from minivllm.row_tiles import RowTiles  # the compiler: two seconds
 
         self.one = torch.compile(function, dynamic=False, options=ONE_TOKEN | {"inductor_choices_class": RowTiles})
-        self.many = torch.compile(function, dynamic=True)
+        self.many = torch.compile(function, dynamic=False)
 
     def __call__(self, num_tokens: int, *args: Any) -> Any:
-        return self.one(*args) if num_tokens == 1 else self.many(*args)
+        if num_tokens == 1:
+            return self.one(*args)
+        for arg in args:
+            if isinstance(arg, Tensor):
+                torch._dynamo.mark_dynamic(arg, 0)
+        return self.many(*args)
 
 
 class CompiledModel:

@@ -114,7 +114,7 @@ class DecodeGraphs:
         self.results: dict[int, tuple[Tensor, Tensor]] = {}
         self.read_rows: Any = OneAndMany(read_rows) if use_compile else lambda _, *args: read_rows(*args)
         self.compute_logits: Any = OneAndMany(head) if use_compile else lambda _, model, hidden: model.compute_logits(hidden)
-        self.sample_into_rows: Any = torch.compile(sample_into_rows, dynamic=True) if use_compile else sample_into_rows
+        self.sample_into_rows: Any = OneAndMany(sample_into_rows) if use_compile else lambda _, *args: sample_into_rows(*args)
 
     def capture(self) -> float:
         """Compile and record every bucket. Touches the null block only. Returns the seconds that recording took."""
@@ -133,8 +133,7 @@ class DecodeGraphs:
 
     def sample(self, logits: Tensor, index: Tensor) -> Tensor:
         """A plainly sampled token (R,) for each of the logits (R, V) of the rows in `index` (R,)."""
-        torch._dynamo.mark_static(logits, 1)
-        return self.sample_into_rows(logits, self.rows, index)
+        return self.sample_into_rows(len(index), logits, self.rows, index)
 
     def run(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
         """Logits (B, V) and plainly sampled tokens (B,) of one step of the requests in these rows (B,)."""
