@@ -8,7 +8,7 @@ torch.compile writes, and into one kernel with what is done with its result and 
     norm, product, silu * up      each row of gate is summed beside its row of up
     product, residual addition
 
-Six kernels a layer beside attention, where `DecoderLayer` has nine. The same arithmetic in another order: in float32 the plain
+Five kernels a layer beside attention, where `DecoderLayer` has nine. The same arithmetic in another order: in float32 the plain
 layer's numbers but for the last digits, in bfloat16 closer to the truth, since what lies between is never rounded.
 """
 
@@ -45,9 +45,12 @@ def before_attention(layer: DecoderLayer, x: Tensor, cos: Tensor, sin: Tensor, c
     first = product(weight[:, 0], scaled) * scale + bias[:, 0]
     second = product(weight[:, 1], scaled) * scale + bias[:, 1]
     turns = torch.arange(pairs[0], device=x.device)[:, None] < num_heads + num_kv_heads  # values do not
-    cos, sin = torch.where(turns, cos[:, : pairs[2]], 1), torch.where(turns, sin[:, : pairs[2]], 0)
-    turned = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=1).to(x.dtype)  # (H + 2K, 2, D/2)
-    q, k, v = turned.view(1, -1, head_dim).split((num_heads, num_kv_heads, num_kv_heads), dim=1)
+    cos, sin = cos[:, : pairs[2]], sin[:, : pairs[2]]
+    # A choice is the last thing done to each half: torch.compile lets the kernel that sums store its result at once, and stores it
+    # right in `stack`'s. With anything simpler behind it, like rounding, both would be stored twice, by one more kernel.
+    first, second = (torch.where(turns, turned.to(x.dtype), plain.to(x.dtype)) for turned, plain in (
+        (first * cos - second * sin, first), (second * cos + first * sin, second)))
+    q, k, v = torch.stack((first, second), dim=1).view(1, -1, head_dim).split((num_heads, num_kv_heads, num_kv_heads), dim=1)
     cache.write(k, v, slot)
     return q
 
