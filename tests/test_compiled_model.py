@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tiny_models import load_ours, random_qwen2, relative_error
 
 from minivllm import one_token
-from minivllm.compiled_model import CompiledModel, compiling
+from minivllm.compiled_model import CompiledModel, OneAndMany, compiling
 from minivllm.model import NoCache
 from minivllm.split_linear import MOST_TOKENS, SplitLinear, num_parts, split_linears
 
@@ -118,6 +118,28 @@ def test_sums_are_cut_so_that_programs_are_small_and_not_too_many():
     assert tiles(Integer(1), Integer(3584)) is None, "one sum, a norm, wants all threads of a processor"
     assert tiles(Symbol("s0"), Integer(3584)) is None, "a step of several tokens has norms, and the library's products"
     assert tiles(Integer(8), Integer(512), Integer(3584)) is None, "three axes are not rows"
+
+
+def test_t35_two_functions_serve_any_number_of_tokens(monkeypatch):
+    """One for a single token, one for all others: also where their number is some other size, or an odd float is about."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    counter = CompileCounterWithBackend("eager")
+    compile_for_real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic, options=None: compile_for_real(
+        function, dynamic=dynamic, backend=counter))
+    norm = torch.nn.RMSNorm(16, eps=0.37).requires_grad_(False)
+
+    def region(norm: torch.nn.RMSNorm, x: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+        return norm(x) * norm.eps + seen.sum(1)
+
+    both = OneAndMany(region)
+    torch._dynamo.reset()
+    with torch.inference_mode(), compiling():
+        for num_tokens in (16, 1, 4, 2, 300):  # as many as a line is long, and as a token has heads
+            x, seen = torch.randn(num_tokens, 16), torch.randn(num_tokens, 4, 16)
+            assert torch.allclose(both(num_tokens, norm, x, seen), region(norm, x, seen), atol=1e-6)
+    assert counter.frame_count == 2, f"{counter.frame_count} functions were compiled, not one for a token and one for more"
 
 
 def test_what_is_compiled_has_our_settings_as_long_as_they_are_asked_for():
