@@ -74,9 +74,9 @@ ONE_TOKEN: dict[str, Any] = {"realize_acc_reads_threshold": 1, "triton.enable_pd
 def compiling() -> Iterator[None]:
     """As long as this lasts, what is compiled in this thread is compiled quickly, and sums have the tiles of `row_tiles.py`.
 
-    Nothing is searched for by timing kernels: that took 20 s of a start and gained nothing. Numbers like a norm's epsilon are
-    constants: by itself torch.compile makes them inputs, finds at the end that nothing varies, and begins anew. And Python's
-    collector waits: a tenth of the time went into looking for garbage among millions of the compiler's objects.
+    Nothing is searched for by timing kernels: that took 16 s of a start and more, and found worse tiles than these. Numbers like a
+    norm's epsilon are constants: by itself torch.compile makes them inputs, finds at the end that nothing varies, and begins anew.
+    And Python's collector waits: a tenth of the time went into looking for garbage among the compiler's objects.
 
     The option "inductor_choices_class" only names the tiles to torch's cache: torch reads it once a thread, and would then keep
     ours for the host program's own functions, or never see ours.
@@ -137,7 +137,8 @@ class CompiledModel:
         num_tokens, layers, slots = len(input_ids), self.model.layers, metadata.slot_mapping
         before: Callable[..., Tensor] = one_token.before_attention if num_tokens == 1 else DecoderLayer.before_attention
         after = second_half(num_tokens)
-        x, cos, sin, q = self.opening(num_tokens, self.model, input_ids, positions, kv_caches[0], slots, before)
+        # Graphs have positions of 4 bytes, an upload of 8: torch.compile would make one more function for another type.
+        x, cos, sin, q = self.opening(num_tokens, self.model, input_ids, positions.int(), kv_caches[0], slots, before)
         for index in range(len(layers) - 1):
             seen = kv_caches[index].attend(q, metadata)
             x, q = self.between(num_tokens, layers[index], layers[index + 1], x, seen, cos, sin, kv_caches[index + 1], slots,

@@ -188,8 +188,6 @@ class ModelRunner:
         slots = slot_mapping(self.rows.block_table, token_rows, positions, self.block_size)  # (T,)
         metadata = (self.paged_metadata(inputs, rows, seq_lens, slots) if not self.uses_flex else
                     ungraphed_metadata(inputs, slots, self.rows, self.kv_caches[0], self.model.config, self.config.max_num_seqs))
-        if self.uses_flex:
-            positions = positions.int()  # as in the graphs: torch.compile would make one more function for another type
         return self.forward_model(input_ids, positions, self.kv_caches, metadata, wanted)
 
     def paged_metadata(self, inputs: StepInputs, rows: Tensor, seq_lens: Tensor, slots: Tensor) -> AttentionMetadata:

@@ -46,8 +46,8 @@ def before_attention(layer: DecoderLayer, x: Tensor, cos: Tensor, sin: Tensor, c
     second = product(weight[:, 1], scaled) * scale + bias[:, 1]
     turns = torch.arange(pairs[0], device=x.device)[:, None] < num_heads + num_kv_heads  # values do not
     cos, sin = cos[:, : pairs[2]], sin[:, : pairs[2]]
-    # A choice is the last thing done to each half: torch.compile lets the kernel that sums store its result at once, and stores it
-    # right in `stack`'s. With anything simpler behind it, like rounding, both would be stored twice, by one more kernel.
+    # The last thing done to each half is a choice between two numbers. Such a result torch.compile stores at once, and here in its
+    # place in the stack, so the kernel that sums does it all; rounding as the last thing would be left to one more kernel.
     first, second = (torch.where(turns, turned.to(x.dtype), plain.to(x.dtype)) for turned, plain in (
         (first * cos - second * sin, first), (second * cos + first * sin, second)))
     q, k, v = torch.stack((first, second), dim=1).view(1, -1, head_dim).split((num_heads, num_kv_heads, num_kv_heads), dim=1)

@@ -6,13 +6,13 @@ all of it before it asks again, and few of them fit on a processor; one that has
 H200 begins no more than 820 programs in a microsecond. So a row's length and the number of rows say what a program takes:
 
     at least    rows of                 as in                     a program of 128 threads takes
-    4,096       up to 1,024 numbers     0.5B: gate and up, head   4 whole rows at once
-    65,536      up to 2,048             1.5B: head                4 whole rows at once
+    4,096       512 to 1,024 numbers    0.5B: gate and up, head   4 whole rows at once
+    65,536      512 to 2,048            1.5B: head                4 whole rows at once
     256         a multiple of 512       7B: all                   one row, 512 numbers at a time:    512 | 512 | 512 | ...
     256         more than 1,024         0.5B and 1.5B: down       one row, 1,024 at a time
 
 Everything else is left to torch.compile. It could search (coordinate descent), one step at a time and each kernel alone, which
-takes 12 s of a start and finds another place every time. Milliseconds of a step of one token, 200 positions, on an H200:
+takes 12 s of a start or more and finds another place every time. Milliseconds of a step of one token, 200 positions, on an H200:
 
     0.5B    left alone 0.76    found by search 0.68 - 0.74    these 0.60
     1.5B    512 numbers, or left alone 1.38                   these 1.27
