@@ -68,8 +68,7 @@ class PrefillMetadata:
     """Prompts, or chunks of them, cut into Q tiles of up to QUERY_TILE queries of one request each."""
 
     block_mask: BlockMask
-    tile_rows: Tensor  # (Q * QUERY_TILE,) int64  which of the prefill tokens stands in each row of the tiles
-    token_rows: Tensor  # (prefill tokens,) int64  and back: in which row of the tiles each token stands
+    tile_rows: Tensor  # (Q * QUERY_TILE,) int64  which of the step's tokens stands in each row of the tiles
 
 
 @dataclass
@@ -77,9 +76,10 @@ class FlexMetadata:
     """What one step tells every layer: first the tokens of its decodes, then those of its prompts."""
 
     slot_mapping: Tensor  # (T,) int64
-    decode: DecodeMetadata | None  # of a batch that may be padded beyond num_decodes
+    decode: DecodeMetadata | None  # of the first num_decodes tokens; the batch may be padded beyond them
     prefill: PrefillMetadata | None
-    num_decodes: int
+    num_decodes: int  # in a graph all that it has room for: those behind the step's own are computed, and nobody looks at them
+    places: Tensor | None = None  # (T,) int64  with prompts: where each token stands in (all decodes, then all rows of tiles)
 
 
 def ends(positions: Tensor, block_table: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -108,14 +108,15 @@ def decode_metadata(last: Sequence[Tensor], block_table: Tensor, block_size: int
 
 @dataclass
 class Tiles:
-    """Host arrays, int32: for each tile its request's row, its first query's position and place in the prefill, its length."""
+    """Host arrays, int32: for each tile its request's row, its first query's position and place in the step, its length."""
 
     arrays: np.ndarray  # (4, Q) rows, first positions, first tokens, lengths
     token_rows: np.ndarray  # (prefill tokens,) in which row of the tiles each token stands
 
 
-def cut_into_tiles(rows: np.ndarray, query_lens: np.ndarray, seq_lens: np.ndarray) -> Tiles:
-    """The tiles of requests that compute their last `query_lens` of `seq_lens` positions; one numpy pass, no loop.
+def cut_into_tiles(rows: np.ndarray, query_lens: np.ndarray, seq_lens: np.ndarray, num_decodes: int = 0) -> Tiles:
+    """The tiles of requests that compute their last `query_lens` of `seq_lens` positions; one numpy pass, no loop. In the step
+    their tokens stand behind those of `num_decodes` others.
 
     At least two tiles: torch.compile would make a kernel of its own for exactly one. The extra one repeats the last.
     """
@@ -127,13 +128,12 @@ def cut_into_tiles(rows: np.ndarray, query_lens: np.ndarray, seq_lens: np.ndarra
     starts = np.cumsum(query_lens) - query_lens
     first_tile = np.cumsum(num_tiles) - num_tiles
     token_rows = np.arange(query_lens.sum()) + np.repeat(first_tile * QUERY_TILE - starts, query_lens)
-    arrays = np.stack((rows[owner], (seq_lens - query_lens)[owner] + offset, starts[owner] + offset,
+    arrays = np.stack((rows[owner], (seq_lens - query_lens)[owner] + offset, num_decodes + starts[owner] + offset,
                        np.minimum(query_lens[owner] - offset, QUERY_TILE)))
     return Tiles(arrays.astype(np.int32), token_rows.astype(np.int32))
 
 
-def prefill_metadata(tiles: Tensor, token_rows: Tensor, block_table: Tensor, block_index: Tensor,
-                     block_size: int) -> PrefillMetadata:
+def prefill_metadata(tiles: Tensor, block_table: Tensor, block_index: Tensor, block_size: int) -> PrefillMetadata:
     """`tiles` (4, Q) is `Tiles.arrays` on the device; block_table (rows, blocks) int32.
 
     `block_index` (N,) int32 says where in its request each block stands. It is one number whoever asks: a block that
@@ -156,7 +156,7 @@ def prefill_metadata(tiles: Tensor, token_rows: Tensor, block_table: Tensor, blo
         kv_num_blocks=(num_seen - num_full)[None, None], kv_indices=partial_blocks[None, None],
         full_kv_num_blocks=num_full[None, None], full_kv_indices=table[None, None], BLOCK_SIZE=(QUERY_TILE, block_size),
         mask_mod=mask_mod, seq_lengths=(len(positions), len(block_index) * block_size), compute_q_blocks=False)
-    return PrefillMetadata(block_mask, (first_tokens[:, None] + lane).flatten().long(), token_rows.long())
+    return PrefillMetadata(block_mask, (first_tokens[:, None] + lane).flatten().long())
 
 
 def num_splits(batch_size: int, num_kv_heads: int) -> int:
@@ -198,8 +198,9 @@ class FlexPagedAttention(PagedAttention):
         if metadata.decode is not None:
             parts.append(self.attend_decode(q[: metadata.num_decodes], metadata.decode))
         if metadata.prefill is not None:
-            parts.append(self.attend_prefill(q[metadata.num_decodes :], metadata.prefill))
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+            parts.append(self.attend_tiles(q, metadata.prefill))
+        seen = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return seen if metadata.places is None else seen[metadata.places]
 
     def attend_decode(self, q: Tensor, metadata: DecodeMetadata) -> Tensor:
         """One query each, q (B, H, D). The query heads of a KV head stand in the query axis: `enable_gqa` with a group that is
@@ -220,9 +221,9 @@ class FlexPagedAttention(PagedAttention):
                                                kernel_options=decode_options(splits, q.shape[2], self.block_size))
         return output.flatten(1, 2)[:count]  # (B, H, D)
 
-    def attend_prefill(self, q: Tensor, metadata: PrefillMetadata) -> Tensor:
-        """Tiles of queries, q (prefill tokens, H, D)."""
+    def attend_tiles(self, q: Tensor, metadata: PrefillMetadata) -> Tensor:
+        """What the rows of all tiles see (Q * tile, H, D), of the step's queries q (T, H, D)."""
         tiles = q[metadata.tile_rows].transpose(0, 1)[None]  # (1, H, Q * tile, D)
         output = compiled(dynamic=True)(tiles, self.keys, self.values, block_mask=metadata.block_mask, enable_gqa=True,
                                         kernel_options=tile_options(self.block_size))
-        return output[0].transpose(0, 1)[metadata.token_rows]  # (prefill tokens, H, D)
+        return output[0].transpose(0, 1)

@@ -177,8 +177,8 @@ class ModelRunner:
     def forward(self, inputs: StepInputs, wanted: Tensor | None = None) -> Tensor:
         """One pass over T tokens of B requests, to the hidden states of those `wanted` (R, E), or of all (T, E)."""
         rows, seq_lens = self.set_positions(inputs.rows, inputs.seq_lens)
-        if self.prompt_graphs is not None and self.prompt_graphs.fits(inputs):
-            return self.prompt_graphs.run(inputs)[slice(None) if wanted is None else wanted]
+        if self.prompt_graphs is not None and (size := self.prompt_graphs.bucket_for(inputs)) is not None:
+            return self.prompt_graphs.run(inputs, size)[slice(None) if wanted is None else wanted]
         return self.forward_ungraphed(inputs, rows, seq_lens, wanted)
 
     def forward_ungraphed(self, inputs: StepInputs, rows: Tensor, seq_lens: Tensor, wanted: Tensor | None) -> Tensor:

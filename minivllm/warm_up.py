@@ -39,7 +39,7 @@ def warm_up(runner: ModelRunner) -> float:
         torch._dynamo.mark_static(runner.blocks)
         runner.zero_blocks = torch.compile(runner.zero_blocks, dynamic=True, options={"triton.autotune_pointwise": False})
     buckets = token_buckets(config.max_num_batched_tokens or 0, sum(weight.numel() for weight in runner.model.parameters()))
-    prompts = PromptGraphs(runner.forward_model, runner.kv_caches, runner.rows, buckets, use_graphs=on_gpu)
+    prompts = PromptGraphs(runner.forward_model, runner.kv_caches, runner.rows, runner.model.config, buckets, use_graphs=on_gpu)
     decodes = DecodeGraphs(runner.model, runner.forward_model, runner.kv_caches, runner.rows, config.max_num_seqs,
                            use_graphs=on_gpu, use_compile=on_gpu)
     verifications = VerifyGraphs(decodes, runner.num_drafts) if runner.num_drafts else None

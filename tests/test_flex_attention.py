@@ -70,14 +70,13 @@ def test_a_prompts_token_sees_what_lies_before_it(chunks, block_size, seed):
     for table in tables:
         block_index[torch.tensor(table)] = torch.arange(num_blocks, dtype=torch.int32)
     tiles = cut_into_tiles(np.arange(len(chunks)), query_lens, query_lens + computed)
-    metadata = prefill_metadata(torch.from_numpy(tiles.arrays), torch.from_numpy(tiles.token_rows),
-                                torch.tensor(tables, dtype=torch.int32), block_index, block_size)
+    metadata = prefill_metadata(torch.from_numpy(tiles.arrays), torch.tensor(tables, dtype=torch.int32), block_index, block_size)
     assert len(metadata.tile_rows) >= 2 * QUERY_TILE, "one tile alone would be compiled anew"
-    assert torch.equal(metadata.tile_rows[metadata.token_rows], torch.arange(query_lens.sum())), "a token is not in its tile"
+    assert torch.equal(metadata.tile_rows[tiles.token_rows], torch.arange(query_lens.sum())), "a token is not in its tile"
     token, num_slots = 0, len(block_index) * block_size
     for request, (count, start) in enumerate(chunks):
         for index in range(0, count, 37):  # some tokens of each
-            row = int(metadata.token_rows[token + index])
+            row = int(tiles.token_rows[token + index])
             query = torch.tensor([row], dtype=torch.int32)
             seen = set(seen_slots(metadata.block_mask, 0, row // QUERY_TILE, query, num_slots)[0].nonzero()[:, 0].tolist())
             expected = slots_of(tables[request], start + index + 1, block_size)

@@ -183,6 +183,26 @@ class TestOnTheDevice:
         frames = torch._dynamo.utils.counters["stats"]["unique_graphs"]
         assert frames == 0, f"{frames} graphs were compiled after warm-up"
 
+    def test_requests_join_a_large_batch_by_graph(self):
+        """Prompts beside more decodes than a graph has prompts: by graph, nothing compiled, tokens of the readable rung."""
+        knobs = {"max_num_seqs": 70, "num_blocks": 900, "max_num_batched_tokens": 200}
+        prompts = prompts_of(*[5] * 66, *[9, 23, 140, 3, 67] * 6)
+        params = [SamplingParams(temperature=index % 2, seed=index, max_tokens=40 if index < 66 else 5, ignore_eos=True)
+                  for index in range(len(prompts))]
+        llm, others, joined = make_llm(**knobs), make_llm("paged_gather", **knobs), []
+        llm.generate(prompts_of(5, 6), greedy(3), use_tqdm=False)
+        graphs = llm.engine.runner.prompt_graphs
+        own = graphs.run
+        graphs.run = lambda inputs, size: (joined.append((inputs.num_decodes, len(inputs.rows))), own(inputs, size))[1]
+        torch._dynamo.utils.counters.clear()
+        ours, theirs = (tokens_of(each.generate(prompts, params, use_tqdm=False)) for each in (llm, others))
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 0, "a step of decodes and prompts was compiled anew"
+        assert ours == theirs, "decodes and prompts in one graph differ from the readable rung"
+        large = [step for step in joined if step[0] > 32 and step[1] > step[0]]
+        assert len(large) > 5, f"steps by graph, decodes and requests: {joined}"
+        llm.close()
+        others.close()
+
     def test_t36_warming_up_leaves_nothing_behind(self):
         """A fresh engine has counted nothing, holds nothing and has cached nothing."""
         llm = make_llm(max_num_seqs=2)
