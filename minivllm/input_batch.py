@@ -22,9 +22,11 @@ import torch
 from torch import Tensor
 
 from minivllm.attention import NULL_BLOCK
-from minivllm.sampling_metadata import is_plain
+from minivllm.sampling_metadata import NO_PENALTIES, fits_in_row, is_plain
 from minivllm.sampling_params import SamplingParams
 from minivllm.scheduler_output import NewRequestData, SchedulerOutput
+
+NO_CUTS = (0.0, 1.0, 0.0)  # top_k, top_p, min_p: nothing is cut off
 
 
 def upload(values: np.ndarray, device: torch.device) -> Tensor:
@@ -48,6 +50,9 @@ class RowTensors:
         self.positions = torch.zeros(num_rows + 1, **integers)  # type: ignore[call-overload] # the next one to compute
         self.temperature = torch.zeros(num_rows + 1, device=device)
         self.seeds = torch.zeros(num_rows + 1, dtype=torch.int64, device=device)
+        # top_k (0 = off), top_p, min_p; repetition, presence and frequency penalty, and how many tokens are the prompt's
+        neutral = torch.tensor([*NO_CUTS, *NO_PENALTIES, 0.0], device=device)
+        self.cuts = neutral[:, None].repeat(1, num_rows + 1)  # (7, num_rows + 1)
         # where in its request each block stands: the same number for all who share it
         self.block_index = torch.zeros(num_blocks, **integers)  # type: ignore[call-overload]
 
@@ -69,6 +74,14 @@ class RowTensors:
         self.seeds[where[0]] = where[2]
         temperatures = np.array([one.sampling_params.temperature for one in new], dtype=np.float32)
         self.temperature[where[0]] = upload(temperatures, self.device)
+        self.cuts[:, where[0]] = upload(np.array([row_cuts(one) for one in new], dtype=np.float32), self.device).T
+
+
+def row_cuts(new: NewRequestData) -> list[float]:
+    """What `RowTensors.cuts` holds of a request. A greedy one cuts nothing off."""
+    params = new.sampling_params
+    cuts = NO_CUTS if params.is_greedy else (max(params.top_k, 0), params.top_p, params.min_p)
+    return [*cuts, params.repetition_penalty, params.presence_penalty, params.frequency_penalty, new.num_prompt_tokens]
 
 
 def _cells(rows: Sequence[int], starts: Sequence[int], values: Sequence[Sequence[int]]) -> np.ndarray:
@@ -132,6 +145,7 @@ class InputBatch:
         self.num_admissions = 0
         self.wants_prompt_logprobs: set[str] = set()
         self.wants_more_than_temperature: set[str] = set()
+        self.wants_more_than_cuts: set[str] = set()  # of these, those for whom the numbers in their row are not enough
 
     def add(self, new: NewRequestData, bad_words_token_ids: list[list[int]]) -> int:
         """Give a request a row: first-time, or resumed with what it had sampled before it was preempted."""
@@ -145,6 +159,8 @@ class InputBatch:
             self.wants_prompt_logprobs.add(new.request_id)
         if not is_plain(new.sampling_params):
             self.wants_more_than_temperature.add(new.request_id)
+        if not fits_in_row(new.sampling_params):
+            self.wants_more_than_cuts.add(new.request_id)
         self.num_tokens[row] = len(new.token_ids)
         self.num_computed[row] = new.num_computed_tokens
         self.num_blocks[row] = 0
@@ -155,6 +171,7 @@ class InputBatch:
         row = self.row_of.pop(request_id, None)
         self.wants_prompt_logprobs.discard(request_id)
         self.wants_more_than_temperature.discard(request_id)
+        self.wants_more_than_cuts.discard(request_id)
         if row is not None:
             self.requests[row] = None
             self.free_rows.append(row)

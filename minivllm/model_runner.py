@@ -29,6 +29,7 @@ from minivllm.attention import AttentionMetadata, PagedAttention, allocate_kv_ca
 from minivllm.config import EngineConfig
 from minivllm.cuda_graphs import DecodeGraphs
 from minivllm.flex_attention import FlexPagedAttention
+from minivllm.graph_sampler import SamplerGraphs
 from minivllm.input_batch import InputBatch, RowTensors, StepInputs, upload
 from minivllm.logprobs import WHOLE_VOCABULARY, compute_logprobs, prompt_logprobs
 from minivllm.model import Qwen2ForCausalLM
@@ -70,7 +71,8 @@ class ModelRunner:
         self.metadata: SamplingMetadata
         self.forward_model: Callable[..., Tensor] = model  # this and the next one: compiled by `warm_up`, where that is possible
         self.zero_blocks: Callable[..., None] = zero_blocks
-        self.graphs: DecodeGraphs | None = None  # these three: after `warm_up`, with the compiled attention alone
+        self.graphs: DecodeGraphs | None = None  # these four: after `warm_up`, with the compiled attention alone
+        self.sampler_graphs: SamplerGraphs | None = None
         self.prompt_graphs: PromptGraphs | None = None
         self.verify_graphs: VerifyGraphs | None = None
         self.num_drafts, self.settled = num_drafts, set[int]()  # settled: the device has counted what these rows won last
@@ -106,10 +108,16 @@ class ModelRunner:
         return warm_up(self)
 
     def run_graph(self, inputs: StepInputs, graphs: DecodeGraphs) -> AsyncOutput:
-        """A step in which every request gets its next token. What the graph does not know of sampling is done after it."""
+        """A step in which every request gets its next token.
+
+        The graph has drawn by temperature alone. Where somebody asks for more, all are drawn again behind it: by another graph, or
+        by the whole sampler, some fifty kernels.
+        """
         logits, token_ids = graphs.run(inputs.rows)
-        if self.batch.wants_more_than_temperature:
+        if self.batch.wants_more_than_cuts:
             token_ids = self.sample_by_all_parameters(logits, inputs.rows, graphs.index[: len(inputs.rows)])
+        elif self.batch.wants_more_than_temperature and self.sampler_graphs is not None:
+            token_ids = self.sampler_graphs.run(len(inputs.rows))
         return self.launched(inputs.rows, logits, token_ids, {}, {})
 
     def verify(self, inputs: StepInputs, drafts: Mapping[str, list[int]], graphs: VerifyGraphs) -> AsyncOutput:
@@ -208,9 +216,10 @@ class ModelRunner:
         rows = np.repeat(rows, num_sampled)
         index, behind = self.upload(rows, back)  # (R,) each, in one copy
         logits = self.model.compute_logits(hidden)  # (R, V)
-        # The plain sampler is compiled, and good for one token a row: behind drafts a row has several, each at a place of its own.
-        if self.graphs is not None and not self.batch.wants_more_than_temperature and not back.any():
-            return self.launched(rows, logits, self.graphs.sample(logits, index), prompts, drafts)
+        # The compiled samplers are good for one token a row: behind drafts a row has several, each at a place of its own.
+        if self.graphs and self.sampler_graphs and not self.batch.wants_more_than_cuts and not back.any():
+            sampler = self.sampler_graphs if self.batch.wants_more_than_temperature else self.graphs
+            return self.launched(rows, logits, sampler.sample(logits, index), prompts, drafts)
         offsets = np.repeat(num_sampled, num_sampled) - 1 - back
         return self.launched(rows, logits, self.sample_by_all_parameters(logits, rows, index, offsets, behind), prompts, drafts)
 

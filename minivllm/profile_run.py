@@ -27,6 +27,7 @@ from minivllm.sampling_metadata import RowParams, SamplingMetadata
 from minivllm.sampling_params import SamplingParams
 
 GIB = 2**30
+SAMPLER_COPIES = 3  # of a bucket's logits in float32: counts, penalized, cut off
 
 
 @dataclass(frozen=True)
@@ -104,12 +105,13 @@ def graph_output_bytes(max_num_seqs: int, prompt_buckets: list[int], vocab_size:
 
 def graph_bytes(model: Qwen2ForCausalLM, num_seqs: int, num_drafts: int, budget: int, max_model_len: int,
                 device: torch.device) -> int:
-    """What the graphs of one model keep: decodes, prompts and verifications have a pool of graph memory each, where buckets share
-    their activations. Each pool takes its largest bucket's, beside all results.
+    """What the graphs of one model keep: decodes, samplers, prompts and verifications have a pool of graph memory each, where
+    buckets share their activations. Each pool takes its largest bucket's, beside all results.
     """
     shape, parameters = model.config, list(model.parameters())
     itemsize, buckets = parameters[0].itemsize, token_buckets(budget, sum(parameter.numel() for parameter in parameters))
     total = graph_output_bytes(num_seqs, buckets, shape.vocab_size, shape.hidden_size, itemsize)
+    total += SAMPLER_COPIES * num_seqs * shape.vocab_size * 4
     pools = [num_seqs, *buckets[-1:]]
     if num_drafts:  # hidden states stay, and logits are gone when the next bucket is computed
         num_queries = num_seqs * (1 + num_drafts)

@@ -4,7 +4,7 @@ Owns the order of it, and the steps of nobody's tokens by which it is done: they
 A kernel that was left out would be compiled by the first request that needs it, who would wait for seconds. So whatever makes
 torch.compile write another kernel has to come here: a number of rows that is one, a branch on how many there are.
 
-    decode graphs      one for each bucket of batch sizes, and of verifications, if somebody guesses
+    decode graphs      one for each bucket of batch sizes, of samplers behind them, and of verifications, if somebody guesses
     no graph           few tokens and many, and all hidden states, one or two asked for
     prompt graphs      one for each bucket of tokens: by now everything is compiled, and these are only recorded
 
@@ -22,6 +22,7 @@ from torch import Tensor
 from minivllm.attention import NULL_BLOCK
 from minivllm.compiled_model import CompiledModel, compiling
 from minivllm.cuda_graphs import DecodeGraphs
+from minivllm.graph_sampler import SamplerGraphs
 from minivllm.input_batch import StepInputs, upload
 from minivllm.model_runner import ModelRunner
 from minivllm.prompt_graphs import PromptGraphs, token_buckets
@@ -44,10 +45,11 @@ def warm_up(runner: ModelRunner) -> float:
                            use_graphs=on_gpu, use_compile=on_gpu)
     verifications = VerifyGraphs(decodes, runner.num_drafts) if runner.num_drafts else None
     runner.prompt_graphs, runner.graphs, runner.verify_graphs = prompts, decodes, verifications
+    runner.sampler_graphs = samplers = SamplerGraphs(decodes)
     if not on_gpu:
         return 0.0
     with compiling():
-        seconds = decodes.capture() + (verifications.capture() if verifications else 0.0)
+        seconds = decodes.capture() + samplers.capture() + (verifications.capture() if verifications else 0.0)
         # Steps beyond the largest graph run uncaptured, and their first one must not be the one that compiles.
         for inputs in (padding_inputs(num_tokens, runner.rows.padding_row) for num_tokens in (2, MOST_TOKENS + 2)):
             for wanted in all_one_and_two(runner.device):

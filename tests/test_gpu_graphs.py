@@ -221,6 +221,26 @@ class TestOnTheDevice:
             outputs = [tokens_of(llm.generate(prompts, params, use_tqdm=False)) for llm in (graphed(), readable())]
             assert outputs[0] == outputs[1], "sampled tokens differ between graph and readable rung"
 
+    def test_what_chat_models_ask_of_the_sampler_is_drawn_by_graph(self):
+        """Penalties, top_k, top_p and min_p in batches of every size: the readable rung's tokens, and nothing is compiled anew."""
+        asked = [SamplingParams(temperature=0.7, top_k=20, top_p=0.8, repetition_penalty=1.1, seed=1, max_tokens=12),
+                 SamplingParams(temperature=1, min_p=0.1, presence_penalty=1.5, seed=2, max_tokens=16, ignore_eos=True),
+                 SamplingParams(temperature=0, repetition_penalty=1.3, max_tokens=9, ignore_eos=True),
+                 SamplingParams(temperature=1.4, top_k=64, frequency_penalty=0.6, seed=3, max_tokens=14, ignore_eos=True)]
+        runs = []
+        samplers = graphed().engine.runner.sampler_graphs
+        own = samplers.run
+        samplers.run = lambda count: (runs.append(count), own(count))[1]
+        torch._dynamo.utils.counters.clear()
+        for count in (1, 2, 3, 9, 20):
+            prompts = prompts_of(*range(5, 5 + count), seed=count)
+            params = [asked[index % 4] for index in range(count)]
+            outputs = [tokens_of(llm.generate(prompts, params, use_tqdm=False)) for llm in (graphed(), readable())]
+            assert outputs[0] == outputs[1], f"{count} requests: tokens differ between graph and readable rung"
+        assert set(runs) >= {1, 2, 3, 20}, f"batches drawn by graph: {set(runs)}"
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 0, "something was compiled after warm-up"
+        samplers.run = own
+
     def test_preemption_and_joining_requests_do_not_confuse_the_rows(self):
         """On a pool too small for all, with requests joining and leaving, tokens equal the readable rung's."""
         knobs = {"num_blocks": 14, "max_num_batched_tokens": 48, "max_num_seqs": 6, "max_model_len": 128}

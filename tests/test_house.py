@@ -22,7 +22,7 @@ COURSE = ("learn", "learn_check", "learn_files", "exercises", "blanks", "viz", "
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 SPECULATION = ("speculative", "speculative_config", "draft_model", "rejection_sampling")
 FAST_RUNGS = ("flex_attention", "compiled_model", "cuda_graphs", "prompt_graphs", "verify_graphs", "profile_run", "compile_cache",
-              "one_token", "row_tiles", "split_linear", "warm_up",  # on a GPU, as those before
+              "one_token", "row_tiles", "split_linear", "warm_up", "graph_sampler",  # on a GPU, as those before
               "packed_linear", "standing_attention", "threads")  # on a CPU
 NOT_ENGINE = ("serve", "bench", "tiny", "cli", *COURSE)
 
@@ -145,7 +145,7 @@ def test_prose_is_counted_as_it_reads(tmp_path):
 
 
 def test_the_engine_can_be_read_in_an_afternoon():
-    """The engine is at most 3,430 lines of code, its fast rungs 830 and speculation 405 more, both of which can be left out, with
+    """The engine is at most 3,450 lines of code, its fast rungs 900 and speculation 405 more, both of which can be left out, with
     at most 0.7 lines of prose and space for each; server, bench, training program and course come on top.
     """
     engine = engine_modules()
@@ -153,8 +153,8 @@ def test_the_engine_can_be_read_in_an_afternoon():
     rung = sum(code.pop(name) for name in FAST_RUNGS)
     guessing = sum(code.pop(name) for name in SPECULATION)
     lines = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in engine)
-    assert sum(code.values()) <= 3430, f"the engine has {sum(code.values())} lines of code in {len(code)} modules"
-    assert rung <= 830, f"its fast rungs have {rung}"
+    assert sum(code.values()) <= 3450, f"the engine has {sum(code.values())} lines of code in {len(code)} modules"
+    assert rung <= 900, f"its fast rungs have {rung}"
     assert guessing <= 405, f"speculation has {guessing}"
     total = sum(code.values()) + rung + guessing
     assert lines <= 1.7 * total, f"{lines} lines for {total} lines of code"
