@@ -6,16 +6,17 @@ import importlib.util
 import itertools
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 from tiny_models import random_qwen2
 
 from minivllm.bench import latency, report, throughput
-from minivllm.bench.backends import Counters, ModelSpec, open_backend
+from minivllm.bench.backends import Counters, ModelSpec, open_backend, sampling_kwargs
 from minivllm.bench.command import main
 from minivllm.bench.flags import ENGINE_FIELDS, BenchError
-from minivllm.bench.hf_backends import blocks_for, left_padded, static_batches
+from minivllm.bench.hf_backends import blocks_for, generation_config, left_padded, static_batches
 from minivllm.bench.measure import Measured, agreement, measure_all
 from minivllm.bench.workload import BenchRequest, Source, Workload, random_requests
 
@@ -203,6 +204,29 @@ def test_throughput_tells_vllms_lines_a_table_and_a_json(folder, tmp_path, capsy
     assert {"torch", "transformers", "python", "minivllm", "device", "dtype"} <= set(whole["environment"])
 
 
+def test_what_the_sampler_does_is_asked_of_every_engine(folder, tmp_path):
+    """With a repetition penalty too, minivllm's and Hugging Face's greedy tokens are equal; and the JSON says what was asked."""
+    file, answers = tmp_path / "out.json", []
+    flags = "--backend minivllm hf --num-prompts 3 --input-len 8 --output-len 9 --repeats 1 --num-warmups 0 --temperature 0".split()
+    for more in ([], ["--repetition-penalty", "1.5", "--top-k", "5", "--top-p", "0.9"]):
+        assert main(["throughput", "--model", folder, *flags, "--bandwidth", "10", *more, *ENGINE, "--output-json", str(file)]) == 0
+        answers.append(json.loads(file.read_text()))
+    assert "top_k 5, top_p 0.9, repetition_penalty 1.5" in answers[1]["workload"]["name"]
+    for answer in answers:
+        assert [one["equal_outputs"] for one in answer["backends"]][1:] == [1.0], "the engines were asked for different things"
+
+
+def test_every_engine_has_its_own_way_to_be_asked():
+    """Names and neutral values: top_k is off at 0 in transformers, and a penalty holds where nothing is drawn too."""
+    for temperature, sampled in ((0.0, False), (0.7, True)):
+        workload = replace(MIXED, temperature=temperature, cuts={"top_k": 20, "repetition_penalty": 1.1})
+        theirs = generation_config(workload)
+        assert (theirs.do_sample, theirs.repetition_penalty) == (sampled, 1.1)
+        assert not sampled or (theirs.top_k, theirs.top_p, theirs.temperature) == (20, 1.0, 0.7)
+        asked = sampling_kwargs(workload, MIXED.requests[0])
+        assert (asked["top_k"], asked["repetition_penalty"], asked["temperature"]) == (20, 1.1, temperature)
+
+
 def test_repeats_find_no_prefix_of_each_other_and_shared_prefixes_are_told(folder, tmp_path):
     """Random prompts hit nothing though they run again and again; a shared prefix of 2 blocks is found by all but the first."""
     file = tmp_path / "out.json"
@@ -255,6 +279,8 @@ def test_the_latency_command_runs(folder, tmp_path, capsys):
     ("throughput --preset A --input-len 4", "--preset: --input-len was given"),
     ("throughput --input-len 0", "--random-input-len: must be 1 or more, got 0"),
     ("throughput --random-range-ratio 1", "--random-range-ratio: must be in [0, 1), got 1.0"),
+    ("throughput --top-p 2", "--top-p: top_p must be"),
+    ("throughput --repetition-penalty 0", "--repetition-penalty: repetition_penalty must be"),
     ("throughput --prefix-repetition-num-prefixes 3", "--dataset-name: --prefix-repetition-num-prefixes was given"),
     ("throughput --dataset-name prefix_repetition --num-prompts 3", "--num-prompts: must be at least the 10 prefixes, got 3"),
     ("throughput --repeats 0", "--repeats: must be 1 or more, got 0"),

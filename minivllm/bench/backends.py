@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 
 from minivllm.bench.flags import BenchError
-from minivllm.bench.workload import Workload
+from minivllm.bench.workload import BenchRequest, Workload
 from minivllm.exceptions import ValidationError
 
 BACKENDS = ("minivllm", "hf", "hf-continuous", "vllm")
@@ -98,6 +98,12 @@ def release_memory() -> None:
         torch.cuda.empty_cache()
 
 
+def sampling_kwargs(workload: Workload, request: BenchRequest) -> dict[str, Any]:
+    """What minivllm and vLLM are asked for, by the same names."""
+    return {"temperature": workload.temperature, **workload.cuts, "max_tokens": request.max_tokens, "ignore_eos": True,
+            "detokenize": False}
+
+
 class MinivllmBackend:
     """This engine, through the same `LLM` as everybody's."""
 
@@ -119,8 +125,7 @@ class MinivllmBackend:
         from minivllm.sampling_params import SamplingParams
 
         prompts = [{"prompt_token_ids": request.prompt_token_ids} for request in workload.requests]
-        params = [SamplingParams(temperature=workload.temperature, max_tokens=request.max_tokens, ignore_eos=True, detokenize=False)
-                  for request in workload.requests]
+        params = [SamplingParams(**sampling_kwargs(workload, request)) for request in workload.requests]
         return [output.outputs[0].token_ids for output in self.llm.generate(prompts, params, use_tqdm=False)]
 
     def counters(self) -> Counters:
@@ -155,8 +160,7 @@ class VllmBackend:
         from vllm import SamplingParams
 
         prompts = [{"prompt_token_ids": request.prompt_token_ids} for request in workload.requests]
-        params = [SamplingParams(temperature=workload.temperature, max_tokens=request.max_tokens, ignore_eos=True, detokenize=False)
-                  for request in workload.requests]
+        params = [SamplingParams(**sampling_kwargs(workload, request)) for request in workload.requests]
         return [list(output.outputs[0].token_ids) for output in self.llm.generate(prompts, params, use_tqdm=False)]
 
     def counters(self) -> Counters:

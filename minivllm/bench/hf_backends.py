@@ -52,11 +52,13 @@ def sweep_sizes(spec: ModelSpec, num_requests: int) -> list[int]:
     return sorted({-(-num_requests // 2**halvings) for halvings in range(MOST_SIZES)})
 
 
-def generation_config(temperature: float, **fields: Any) -> GenerationConfig:
-    """Greedy, or plain temperature sampling: transformers' hidden top_k=50 is off, as in the other engines."""
-    if temperature == 0:
-        return GenerationConfig(do_sample=False, **fields)
-    return GenerationConfig(do_sample=True, temperature=temperature, top_k=0, top_p=1.0, **fields)
+def generation_config(workload: Workload, **fields: Any) -> GenerationConfig:
+    """Greedy, or sampling by what the workload names: transformers' hidden top_k=50 is off, as in the other engines."""
+    if workload.temperature == 0:
+        penalties = {name: value for name, value in workload.cuts.items() if name == "repetition_penalty"}
+        return GenerationConfig(do_sample=False, **penalties, **fields)
+    asked = {"temperature": workload.temperature, "top_k": 0, "top_p": 1.0, **workload.cuts}
+    return GenerationConfig(do_sample=True, **asked, **fields)
 
 
 class StaticBackend:
@@ -79,16 +81,16 @@ class StaticBackend:
     def generate(self, workload: Workload) -> list[list[int]]:
         outputs: list[list[int]] = [[] for _ in workload.requests]
         for batch in static_batches(workload.requests, self.batch_size):
-            rows = self._generate_batch([workload.requests[index] for index in batch], workload.temperature)
+            rows = self._generate_batch([workload.requests[index] for index in batch], workload)
             for index, row in zip(batch, rows):
                 outputs[index] = row
         return outputs
 
-    def _generate_batch(self, batch: Sequence[BenchRequest], temperature: float) -> list[list[int]]:
+    def _generate_batch(self, batch: Sequence[BenchRequest], workload: Workload) -> list[list[int]]:
         """Every row runs as long as the longest answer, and what was not asked for is thrown away."""
         input_ids, mask = left_padded([request.prompt_token_ids for request in batch])
         longest = max(request.max_tokens for request in batch)
-        config = generation_config(temperature, min_new_tokens=longest, max_new_tokens=longest, pad_token_id=0,
+        config = generation_config(workload, min_new_tokens=longest, max_new_tokens=longest, pad_token_id=0,
                                    cache_implementation="static" if self.spec.hf_static_cache else None)
         device = self.spec.device
         try:
@@ -148,7 +150,7 @@ class ContinuousBackend:
         fields: dict[str, Any] = {"max_requests_per_batch": size}
         if self.spec.device.type == "cpu":  # there it cannot tell how much memory is free
             fields |= {"num_blocks": blocks_for(workload.requests), "max_batch_tokens": 2048}
-        config = generation_config(workload.temperature, eos_token_id=NO_EOS)
+        config = generation_config(workload, eos_token_id=NO_EOS)
         self.manager = self.model.init_continuous_batching(config, ContinuousBatchingConfig(**fields))
         self.manager.warmup()
         self.manager.start()

@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,18 @@ from minivllm.bench import report
 from minivllm.bench.backends import BACKENDS, ModelSpec, open_backend, require_installed
 from minivllm.bench.cost_floor import least_bytes, measure_bandwidth
 from minivllm.bench.environment import describe_environment
-from minivllm.bench.flags import OneLineParser, add_engine_flags, engine_kwargs, parse_flags, require, require_at_least
+from minivllm.bench.flags import OneLineParser, add_engine_flags, engine_kwargs, flag, parse_flags, require, require_at_least
 from minivllm.bench.measure import measure_all
 from minivllm.bench.shapes import SHAPES, write_shape
 from minivllm.bench.workload import Workload, add_workload_flags, workload_from_flags
 from minivllm.config import ModelConfig
 from minivllm.engine_args import engine_config_from_kwargs
 from minivllm.exceptions import ValidationError
+from minivllm.sampling_params import SamplingParams
 from minivllm.startup import decide_device
 from minivllm.weights import resolve_dtype, resolve_model
+
+CUTS = {"top_k": int, "top_p": float, "repetition_penalty": float}
 
 
 def build_parser(prog: str) -> OneLineParser:
@@ -39,6 +43,8 @@ def build_parser(prog: str) -> OneLineParser:
     parser.add_argument("--shape", choices=sorted(SHAPES), help="random weights in a published shape, nothing to download")
     parser.add_argument("--preset", choices=("A", "B", "C"), help="a whole workload: 25 equal requests, 256 mixed ones, one alone")
     parser.add_argument("--temperature", type=float, help="(default: 1.0, or the preset's)")
+    for name, kind in CUTS.items():
+        parser.add_argument(flag(name), type=kind, help="what the sampler does beside it, in every engine (default: nothing)")
     parser.add_argument("--repeats", type=int, default=3, help="timed runs; the median counts (default: %(default)s)")
     parser.add_argument("--num-warmups", type=int, default=8, help="requests run before, untimed (default: %(default)s)")
     parser.add_argument("--interleave", action="store_true", help="load all backends at once and let them take turns")
@@ -59,12 +65,19 @@ def main(argv: Sequence[str], prog: str, clock: Callable[[], float] = time.perf_
     check(args)
     with tempfile.TemporaryDirectory(prefix="minivllm-bench-") as folder:
         spec, model_config = choose_model(args, Path(folder))
-        workload = workload_from_flags(args, model_config.vocab_size)
+        workload = with_cuts(workload_from_flags(args, model_config.vocab_size), args)
         whole = run(args, spec, model_config, workload, clock)
     print("\n".join(report.table_lines(whole)))
     if args.output_json:
         Path(args.output_json).write_text(json.dumps(whole, indent=4), encoding="utf-8")
     return 0
+
+
+def with_cuts(workload: Workload, args: argparse.Namespace) -> Workload:
+    """The workload, sampled as the flags say."""
+    cuts = {name: getattr(args, name) for name in CUTS if getattr(args, name) is not None}
+    named = "".join(f", {name} {value:g}" for name, value in cuts.items())
+    return replace(workload, name=workload.name + named, cuts=cuts)
 
 
 def check(args: argparse.Namespace) -> None:
@@ -81,6 +94,7 @@ def check(args: argparse.Namespace) -> None:
         if args.hf_batch_sizes is not None:
             raise ValidationError("was given beside --hf-batch-sizes: keep one", parameter="hf_max_batch_size")
         args.hf_batch_sizes = [args.hf_max_batch_size]
+    SamplingParams(**{name: getattr(args, name) for name in CUTS if getattr(args, name) is not None})  # raises for a wrong one
     for size in args.hf_batch_sizes or []:
         require(size >= 1, "hf_batch_sizes", "1 or more", size)
     if args.output_json and not Path(args.output_json).resolve().parent.is_dir():

@@ -14,8 +14,8 @@ from __future__ import annotations
 import argparse
 import math
 import random
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from minivllm.bench.flags import flag, require, require_at_least
@@ -45,6 +45,7 @@ class Workload:
     name: str
     requests: list[BenchRequest]
     temperature: float = 1.0
+    cuts: Mapping[str, float] = field(default_factory=dict)  # top_k, top_p, repetition_penalty where given: all engines' names
 
     @property
     def num_prompt_tokens(self) -> int:
