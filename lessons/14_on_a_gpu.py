@@ -259,8 +259,10 @@ assert (half, seven) == ([0.77, 1.11, 1.89], [3.96, 4.75, 9.12]), "milliseconds,
 # on disk from an earlier start (`enforce_eager=True` does without). Rules: nothing may be allocated, read back or decided
 # by the host inside a step. And mistakes of a new kind, since a graph that reads at a wrong address does not fail.
 #
-# What cannot be known in advance stays outside: steps with long prompts run without a graph. Guessing ahead (lesson 12) has
-# graphs of its own, in which each request has a row for every guess; the device counts how many were right.
+# What cannot be known in advance stays outside: steps with long prompts run without a graph. Short prompts have one for each of
+# some numbers of tokens, with room for any number of decodes beside them. The penalties and cuts of lesson 4 are a graph
+# behind the step. Guessing ahead (lesson 12) has graphs in which each request has a row for every guess; the device
+# counts how many were right.
 
 # %%
 assert [round(record["ready_seconds"]) for record in records.values()] == [47, 20], (
