@@ -52,7 +52,9 @@ def choose(logits: Tensor, metadata: SamplingMetadata) -> Tensor:
     greedy = logits.argmax(dim=-1)
     if metadata.all_greedy:
         return greedy
-    drawn = draw(warp(logits, metadata), metadata.seeds, metadata.positions)
+    few = candidates(logits, metadata) if metadata.has_top_k and logits.device.type == "cpu" else None
+    drawn = draw_from_few(*few, metadata, logits.shape[-1]) if few is not None else (
+        draw(warp(logits, metadata), metadata.seeds, metadata.positions))
     return torch.where(metadata.temperature == 0, greedy, drawn)
 
 
@@ -109,15 +111,18 @@ def ban_bad_words(logits: Tensor, words: BadWords, token_ids: Tensor, positions:
 
 
 def apply_penalties(logits: Tensor, metadata: SamplingMetadata) -> Tensor:
-    """Repetition penalty over prompt and output, then presence and frequency penalties over the output alone."""
-    token_ids, vocab_size = metadata.token_ids, logits.shape[-1]
+    """Repetition penalty over prompt and output, then presence and frequency penalties over the output alone.
+
+    Only the logits of tokens that have come can change. They are taken out, changed and put back: V is longer than a history.
+    """
+    token_ids, positions = metadata.token_ids, metadata.positions[:, None]
     columns = torch.arange(token_ids.shape[1], device=token_ids.device)
-    is_known = columns < metadata.positions[:, None]  # (R, L)
-    is_output = is_known & (columns >= metadata.prompt_lens[:, None])
-    seen = count_tokens(token_ids, is_known, vocab_size) > 0
-    logits = repetition_penalty(logits, seen, metadata.repetition_penalty)
-    counts = count_tokens(token_ids, is_output, vocab_size)
-    return output_penalties(logits, counts, metadata.presence_penalty, metadata.frequency_penalty)
+    is_output = (columns < positions) & (columns >= metadata.prompt_lens[:, None])  # (R, L)
+    counts = count_tokens(token_ids, is_output, logits.shape[-1])
+    ids = torch.where(columns < positions, token_ids, token_ids[:, :1])  # who stands there twice comes back the same twice
+    known = repetition_penalty(logits.gather(1, ids), positions > 0, metadata.repetition_penalty)  # (R, L)
+    known = output_penalties(known, counts.gather(1, ids), metadata.presence_penalty, metadata.frequency_penalty)
+    return logits.scatter(1, ids, known)
 
 
 def count_tokens(token_ids: Tensor, mask: Tensor, vocab_size: int) -> Tensor:
@@ -226,6 +231,34 @@ def draw(logits: Tensor, seeds: Tensor, positions: Tensor, luck: Tensor | float 
     part = race(parts.amax(dim=-1) + luck * total, keys, part_ids, luck)  # (R,)
     token_ids = part[:, None] * size + torch.arange(size, device=logits.device)  # (R, size)
     return part * size + race(logits.gather(-1, token_ids), keys, token_ids.int(), luck)
+
+
+def candidates(logits: Tensor, metadata: SamplingMetadata) -> tuple[Tensor, Tensor] | None:
+    """The largest logits of each row and their ids, (R, n) each, if no row can draw anything else; None if one can.
+
+    That is so where all who draw have a top_k, and no logit beyond the n-th ties with their k-th. The host looks: not for a GPU.
+    """
+    width, vocab_size = metadata.top_k_width, logits.shape[-1]
+    values, ids = logits.topk(min(width + 1, vocab_size))
+    kth = values.gather(-1, metadata.top_k.clamp(max=width)[:, None] - 1)
+    is_whole = (metadata.top_k <= width) & (values[:, -1:] < kth)[:, 0] | (metadata.temperature == 0)
+    return (values, ids) if is_whole.all() else None
+
+
+def draw_from_few(logits: Tensor, ids: Tensor, metadata: SamplingMetadata, vocab_size: int) -> Tensor:
+    """What `draw` draws where all other logits are -inf: the same sums and the same noise, for the parts that are not empty.
+
+    Of 32 candidates and not of 151,936 logits, a row takes 1 ms on a CPU and not 6.
+    """
+    logits, keys = warp(logits, metadata), row_keys(metadata.seeds, metadata.positions)
+    size = math.gcd(vocab_size, PART)
+    part = ids // size  # (R, n)
+    is_beside = part[:, :, None] == part[:, None, :]  # (R, n, n)
+    beside = torch.where(is_beside, logits[:, None, :], NEVER)  # for each candidate, who stands in its part
+    total = (token_weights(beside).sum(dim=-1).clamp(min=1) * 2.0**-40).log()  # (R, n)
+    winner = race(beside.amax(dim=-1) + total, keys, (vocab_size + part).int(), 1.0)[:, None]  # any candidate of the part
+    drawn = race(torch.where(part == part.gather(1, winner), logits, NEVER), keys, ids.int(), 1.0)
+    return ids.gather(1, drawn[:, None])[:, 0]
 
 
 def race(logits: Tensor, keys: Tensor, ids: Tensor, luck: Tensor | float) -> Tensor:

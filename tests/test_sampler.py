@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
@@ -402,6 +403,32 @@ def test_the_plain_sampler_chooses_what_the_whole_one_chooses(seed, num_rows, vo
     assert all(is_plain(row.params) for row in rows)
     plain = sampler.sample_plain(logits, metadata.temperature, metadata.seeds, metadata.positions)
     assert plain.tolist() == sample(logits, metadata).tolist()
+
+
+@given(st.integers(0, 10**6), st.integers(1, 6), st.sampled_from([7, 97, 128, 640, 1000]), st.booleans())
+def test_few_candidates_are_drawn_from_as_all_tokens_are(seed, num_rows, vocab_size, has_ties):
+    """Where every row has a top_k, looking at its largest logits alone gives the same tokens; ties beyond them are seen in time."""
+    generator, logits = random.Random(seed), random_logits(seed, num_rows, vocab_size)
+    logits = logits.round() if has_ties else logits
+    rows = [RowParams(SamplingParams(temperature=generator.choice([0.0, 0.7, 2.0]), top_k=generator.choice([1, 2, 5, 20]),
+                                     top_p=generator.choice([1.0, 0.5, 0.9]), min_p=generator.choice([0.0, 0.1])),
+                      generator.getrandbits(40), generator.randrange(1000)) for _ in range(num_rows)]
+    metadata = SamplingMetadata.from_requests(rows, vocab_size)
+    tokens = sample(logits, metadata)
+    with mock.patch.object(sampler, "candidates", return_value=None):
+        assert sample(logits, metadata).tolist() == tokens.tolist(), f"others of all tokens than of few: {rows}"
+
+
+def test_candidates_are_found_only_where_nothing_else_can_be_drawn():
+    """Not where a row has no top_k, nor where a logit that was left out ties with the k-th; greedy rows do not matter."""
+    logits = torch.tensor([[5.0, 1, 4, 3, 0, 0, 0, 0], [0, 1, 2, 2, 2, 2, 2, 2]])
+    cases = [([{"top_k": 2}, {"temperature": 0}], True), ([{"top_k": 2}, {"top_k": 2}], False), ([{}, {"temperature": 0}], False),
+             ([{"top_k": 2, "top_p": 0.9}, {"temperature": 0, "top_p": 0.5}], True), ([{"temperature": 0}, {"top_k": 6}], True)]
+    for asked, found in cases:
+        few = sampler.candidates(logits, metadata_of([SamplingParams(**one) for one in asked], 8))
+        assert (few is not None) == found, f"candidates for {asked}"
+    values, ids = sampler.candidates(logits[:1], metadata_of(SamplingParams(top_k=2), 8))
+    assert (values.tolist(), ids.tolist()) == ([[5, 4, 3]], [[0, 2, 3]])
 
 
 @pytest.mark.parametrize("field", [
