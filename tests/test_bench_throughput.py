@@ -6,19 +6,25 @@ import importlib.util
 import itertools
 import json
 import re
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from tiny_models import random_qwen2
 
 from minivllm.bench import latency, report, throughput
-from minivllm.bench.backends import Counters, ModelSpec, open_backend, sampling_kwargs
+from minivllm.bench.backends import Counters, ModelSpec, open_backend, require_installed, sampling_kwargs
 from minivllm.bench.command import main
+from minivllm.bench.environment import describe_environment, installed_version
 from minivllm.bench.flags import ENGINE_FIELDS, BenchError
 from minivllm.bench.hf_backends import blocks_for, generation_config, left_padded, static_batches
 from minivllm.bench.measure import Measured, agreement, measure_all
 from minivllm.bench.workload import BenchRequest, Source, Workload, random_requests
+from minivllm.config import ModelConfig
+from minivllm.exceptions import ValidationError
 
 ENGINE = ("--num-blocks", "64", "--dtype", "float32", "--device", "cpu")
 MIXED = Workload("mixed", random_requests(Source.of(0, range(128)), 6, 12, 9, 0.8), temperature=0.0)
@@ -223,8 +229,70 @@ def test_every_engine_has_its_own_way_to_be_asked():
         theirs = generation_config(workload)
         assert (theirs.do_sample, theirs.repetition_penalty) == (sampled, 1.1)
         assert not sampled or (theirs.top_k, theirs.top_p, theirs.temperature) == (20, 1.0, 0.7)
+        assert not sampled or generation_config(replace(workload, cuts={"top_k": -1})).top_k == 0, "transformers' word for off"
         asked = sampling_kwargs(workload, MIXED.requests[0])
         assert (asked["top_k"], asked["repetition_penalty"], asked["temperature"]) == (20, 1.1, temperature)
+
+
+def test_a_temperature_that_overflows_is_greedy_in_hugging_face():
+    """transformers divides by it as it is: below 1e-5 the largest logit wins anyway, and nothing is infinite."""
+    for temperature, sampled in ((1e-300, False), (9e-6, False), (1e-4, True)):
+        assert generation_config(replace(MIXED, temperature=temperature)).do_sample == sampled
+
+
+def test_hugging_face_has_the_threads_that_minivllm_has(folder, monkeypatch):
+    """Whoever is loaded first: a small model gets as many threads from both backends."""
+    told = []
+    monkeypatch.setattr("minivllm.bench.hf_backends.set_num_threads", lambda *args: told.append(args))
+    open_backend("hf", spec_of(folder)).close()
+    ((device, num_bytes),) = told
+    shape = ModelConfig.from_folder(Path(folder))
+    assert device.type == "cpu"
+    assert num_bytes >= 4 * shape.vocab_size * shape.hidden_size, f"{num_bytes} bytes are less than the embedding's"
+
+
+def test_each_engine_has_the_floor_of_its_own_seats(folder, tmp_path):
+    """One request at a time reads the weights more often than a batch of four: neither is told to be faster than memory."""
+    file = tmp_path / "out.json"
+    flags = "--backend minivllm hf --num-prompts 4 --input-len 4 --output-len 6 --repeats 1 --num-warmups 0 --hf-batch-sizes 4"
+    assert main(["throughput", "--model", folder, *flags.split(), "--max-num-seqs", "1", "--bandwidth", "10", *ENGINE,
+                 "--output-json", str(file)]) == 0
+    ours, theirs = json.loads(file.read_text())["backends"]
+    moved = [one["gigabytes_per_second"] * one["elapsed_time"] for one in (ours, theirs)]
+    assert moved[0] > 3 * moved[1], f"gigabytes of one seat and of four: {moved}"
+
+
+def test_a_folder_named_vllm_is_no_vllm(tmp_path, monkeypatch):
+    """In a folder that holds one of that name it can be imported, and is not installed."""
+    (tmp_path / "vllm").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert importlib.util.find_spec("vllm") is not None
+    if installed_version("vllm") is None:
+        assert "vllm" not in describe_environment(torch.device("cpu"))
+        with pytest.raises(ValidationError, match="vllm is not installed"):
+            require_installed(["vllm"])
+
+
+def test_a_model_that_transformers_cannot_load_is_told_in_one_line(folder, tmp_path, capsys):
+    """A folder with a config and no weights, for a backend of transformers'."""
+    home = tmp_path / "no weights"
+    home.mkdir()
+    (home / "config.json").write_text((Path(folder) / "config.json").read_text(encoding="utf-8"), encoding="utf-8")
+    flags = "--backend hf --num-prompts 1 --input-len 4 --output-len 2 --device cpu --bandwidth 10"
+    assert main(["throughput", "--model", str(home), *flags.split()]) == 2
+    assert capsys.readouterr().err.startswith("python -m minivllm.bench throughput: error: --model: transformers cannot load it")
+
+
+def test_nobody_who_stops_reading_sees_a_traceback(folder):
+    """`| head -1`, which closes its end: an exit status, and nothing on stderr but the runs."""
+    command = [sys.executable, "-m", "minivllm.bench", "throughput", "--model", folder, "--num-prompts", "1", "--input-len", "4",
+               "--output-len", "2", "--repeats", "1", "--num-warmups", "0", "--bandwidth", "10", *ENGINE]
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    running.stdout.close()
+    assert "Traceback" not in running.stderr.read()
+    running.stderr.close()
+    assert running.wait(timeout=60) == 1
 
 
 def test_repeats_find_no_prefix_of_each_other_and_shared_prefixes_are_told(folder, tmp_path):
@@ -287,7 +355,20 @@ def test_the_latency_command_runs(folder, tmp_path, capsys):
     ("throughput --shape tiny-cpu --model x", "--shape: tiny-cpu has random weights"),
     ("throughput --model /nowhere", "--model: '/nowhere' does not exist"),
     ("throughput --max-num-seqs 0", "--max-num-seqs: max_num_seqs must be an integer >= 1, got 0"),
-    ("throughput --hf-static-cache --device cpu", "--hf-static-cache: needs CUDA"),
+    ("throughput --backend hf --hf-static-cache --device cpu", "--hf-static-cache: needs CUDA"),
+    ("throughput --hf-max-batch-size 2", "--hf-max-batch-size: is for the backends hf and hf-continuous, and none of them runs"),
+    ("throughput --backend hf --hf-max-batch-size 0", "--hf-max-batch-size: must be 1 or more, got 0"),
+    ("throughput --backend minivllm hf-continuous --repetition-penalty 1.1", "--repetition-penalty: must be left out"),
+    ("throughput --temperature 3", "--temperature: temperature must be a finite number in [0, 2], got 3.0"),
+    ("throughput --bandwidth inf", "--bandwidth: must be gigabytes a second, more than 0 and finite, got inf"),
+    ("throughput --num-prompts 1 --input-len 8 --output-len 8 --max-model-len 12", "--max-model-len: is 12, and the"),
+    ("throughput --num-prompts 1 --input-len 2048 --output-len 8 --backend hf", "--max-model-len: is 2048, and the longest request"),
+    ("latency --input-len 2048", "--max-model-len: is 2048, and the longest request has 2176 tokens with its answer"),
+    ("throughput --async-engine", "--async-engine: is not implemented: the offline engine is measured"),
+    ("throughput --dataset-path x.json", "--dataset-path: is not implemented: prompts are drawn"),
+    ("throughput --output-json .", "--output-json: '.' is a folder: name a file in it"),
+    ("latency --output-json /nowhere/x.json", "--output-json: '/nowhere/x.json' lies in a folder that does not exist"),
+    ("latency --n 2", "--n: invalid choice: 2"),
     ("throughput --tensor-parallel-size 2", "--tensor-parallel-size: tensor_parallel_size=2 is not implemented"),
     ("throughput --num-promts 3", "unknown argument --num-promts: did you mean `--num-prompts`?"),
     ("latency --batch-size 0", "--batch-size: must be 1 or more, got 0"),

@@ -10,13 +10,13 @@ Owns how each engine is called, in its best fair form, and no clock. A backend i
 from __future__ import annotations
 
 import gc
-import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 
+from minivllm.bench.environment import installed_version
 from minivllm.bench.flags import BenchError
 from minivllm.bench.workload import BenchRequest, Workload
 from minivllm.exceptions import ValidationError
@@ -86,7 +86,7 @@ def open_backend(name: str, model: ModelSpec) -> Backend:
 
 
 def require_installed(names: Sequence[str]) -> None:
-    if "vllm" in names and importlib.util.find_spec("vllm") is None:
+    if "vllm" in names and installed_version("vllm") is None:
         raise ValidationError("vllm is not installed here: pip install vllm (an environment of its own is best), or leave it out",
                               parameter="backend")
 

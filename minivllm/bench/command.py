@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -31,7 +32,9 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m minivllm.benc
     name = arguments[0]
     bench = importlib.import_module(f"minivllm.bench.{name}")  # torch loads only for the benches that compute
     try:
-        return bench.main(arguments[1:], f"{prog} {name}")
+        status = bench.main(arguments[1:], f"{prog} {name}")
+        sys.stdout.flush()
+        return status
     except (ValidationError, CheckpointError) as error:
         parameter = "model" if isinstance(error, CheckpointError) else error.parameter
         flag = f"--{parameter.replace('_', '-')}: " if parameter else ""
@@ -40,6 +43,9 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m minivllm.benc
         return _fail(f"{prog} {name}: error: {error}", 1)
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # nobody reads on, as behind `| head`: what is still buffered must not be told either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
 
 
 def usage(prog: str) -> str:

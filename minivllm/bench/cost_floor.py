@@ -1,8 +1,8 @@
 """The bytes that no engine can avoid for a workload, and the time that a machine needs to move them.
 
 Owns an imaginary engine: every step gives each of its at most `max_num_seqs` requests all it can compute, reads each weight
-once, and wastes nothing (`cost.bytes_moved`). Real engines chunk, pad and schedule, so all lie above this floor, and the same
-floor serves for all of them. It counts memory only: a workload that is mostly prefill is bound by arithmetic instead.
+once, and wastes nothing (`cost.bytes_moved`). Real engines chunk, pad and schedule, so all lie above the floor of their own number
+of seats. It counts memory only: a workload that is mostly prefill is bound by arithmetic instead.
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import os
 import platform
 from pathlib import Path
@@ -21,13 +20,21 @@ THREADING = ("OMP_", "GOMP_", "KMP_", "MKL_")  # on a shared CPU, OMP_WAIT_POLIC
 def describe_environment(device: torch.device, dtype: torch.dtype | None = None) -> dict[str, Any]:
     """Versions, device and threads. vLLM's version is left out where it is not installed."""
     found: dict[str, Any] = {"minivllm": __version__, "python": platform.python_version()}
-    found |= {name: importlib.metadata.version(name) for name in PACKAGES if importlib.util.find_spec(name) is not None}
+    found |= {name: version for name in PACKAGES if (version := installed_version(name)) is not None}
     found |= {"device": device_name(device), "num_cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity")
               else os.cpu_count(), "num_threads": torch.get_num_threads(), "platform": platform.platform()}
     if dtype is not None:
         found["dtype"] = str(dtype).removeprefix("torch.")
     threading = {name: value for name, value in os.environ.items() if name.startswith(THREADING)}
     return found | {"threading": threading, "command": own_command()}
+
+
+def installed_version(name: str) -> str | None:
+    """None where it is not installed. Whether it can be imported is another question: a mere folder of that name can."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def device_name(device: torch.device) -> str:

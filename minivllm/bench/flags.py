@@ -36,11 +36,15 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def parse_flags(parser: OneLineParser, argv: Sequence[str]) -> argparse.Namespace:
-    """The flags, or exit status 2. --max_model_len is --max-model-len; an unknown flag is answered with the nearest one."""
+    """The flags, or exit status 2. --max_model_len is --max-model-len; an unknown flag is answered with the nearest one.
+
+    Raises `ValidationError` for an `--output-json` that cannot be written.
+    """
     args, unknown = parser.parse_known_args([_dashed(argument) for argument in argv])
     if unknown:
         known = [option for action in parser._actions for option in action.option_strings]
         parser.error(f"unknown argument {unknown[0]}{nearest_name(unknown[0].partition('=')[0], known)}")
+    require_file_name(getattr(args, "output_json", None), "output_json")
     return args
 
 
@@ -93,6 +97,14 @@ def require(holds: bool, parameter: str, wanted: str, value: object) -> None:
 def require_at_least(args: argparse.Namespace, low: int, *names: str) -> None:
     for name in names:
         require(getattr(args, name) >= low, name, f"{low} or more", getattr(args, name))
+
+
+def require_file_name(path: str | None, parameter: str) -> None:
+    """Raise for a result file that cannot be written: told before the run, not after it."""
+    if path is not None and Path(path).is_dir():
+        raise ValidationError(f"{path!r} is a folder: name a file in it", parameter=parameter)
+    if path is not None and not Path(path).resolve().parent.is_dir():
+        raise ValidationError(f"{path!r} lies in a folder that does not exist", parameter=parameter)
 
 
 def own_command() -> str:

@@ -18,21 +18,31 @@ from minivllm.bench.backends import Counters, ModelSpec, release_memory
 from minivllm.bench.flags import BenchError
 from minivllm.bench.workload import BenchRequest, Workload
 from minivllm.config import ModelConfig
+from minivllm.exceptions import ValidationError
+from minivllm.threads import set_num_threads
 from minivllm.weights import load_dummy_model, load_map
 
 MOST_SIZES = 4  # in a sweep: the whole workload as one batch, a half, a quarter, an eighth
+GREEDY_BELOW = 1e-5
 NO_EOS = -1  # transformers' spelling in continuous batching; `generate` takes None
 
 
 def load_hf_model(spec: ModelSpec) -> Any:
-    """The model by transformers, in the same dtype; with dummy weights, with the very weights that minivllm draws."""
+    """The model by transformers, in the same dtype; with dummy weights, with the very weights that minivllm draws.
+
+    On a CPU it gets as many threads as minivllm takes for a model of its size, whoever of the two is loaded first.
+    """
     if spec.is_dummy:
         config = AutoConfig.from_pretrained(spec.folder)
         with torch.device(spec.device):
             model = AutoModelForCausalLM.from_config(config, dtype=spec.dtype, attn_implementation="sdpa")
         _copy_dummy_weights(spec, model)
     else:
-        model = AutoModelForCausalLM.from_pretrained(spec.folder, dtype=spec.dtype, attn_implementation="sdpa").to(spec.device)
+        try:
+            model = AutoModelForCausalLM.from_pretrained(spec.folder, dtype=spec.dtype, attn_implementation="sdpa").to(spec.device)
+        except OSError as error:
+            raise ValidationError(f"transformers cannot load it: {error}", parameter="model") from error
+    set_num_threads(spec.device, sum(weight.numel() * weight.itemsize for weight in model.parameters()))
     model.generation_config = GenerationConfig()  # no sampling default of the checkpoint, no EOS
     return model.eval().requires_grad_(False)
 
@@ -53,11 +63,14 @@ def sweep_sizes(spec: ModelSpec, num_requests: int) -> list[int]:
 
 
 def generation_config(workload: Workload, **fields: Any) -> GenerationConfig:
-    """Greedy, or sampling by what the workload names: transformers' hidden top_k=50 is off, as in the other engines."""
-    if workload.temperature == 0:
+    """Greedy, or sampling by what the workload names: transformers' hidden top_k=50 is off, as in the other engines.
+
+    Its way to say "off" is 0, and it divides by a temperature as it is: the tiny ones that overflow are greedy, as in vLLM.
+    """
+    if workload.temperature < GREEDY_BELOW:
         penalties = {name: value for name, value in workload.cuts.items() if name == "repetition_penalty"}
         return GenerationConfig(do_sample=False, **penalties, **fields)
-    asked = {"temperature": workload.temperature, "top_k": 0, "top_p": 1.0, **workload.cuts}
+    asked = {"temperature": workload.temperature, "top_p": 1.0, **workload.cuts, "top_k": max(0, workload.cuts.get("top_k", 0))}
     return GenerationConfig(do_sample=True, **asked, **fields)
 
 

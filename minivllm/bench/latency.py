@@ -23,7 +23,7 @@ from minivllm.bench.environment import describe_environment
 from minivllm.bench.flags import OneLineParser, add_engine_flags, parse_flags, require_at_least
 from minivllm.bench.measure import run_once
 from minivllm.bench.shapes import SHAPES
-from minivllm.bench.throughput import choose_model
+from minivllm.bench.throughput import add_fixed_flags, choose_model, require_lengths_fit
 from minivllm.bench.workload import BenchRequest, Workload
 
 PERCENTAGES = (10, 25, 50, 75, 90, 99)
@@ -36,6 +36,7 @@ def build_parser(prog: str) -> OneLineParser:
         parser.add_argument(f"--{name}", type=int, default=default, help="(default: %(default)s)")
     parser.add_argument("--shape", choices=sorted(SHAPES), help="random weights in a published shape, nothing to download")
     parser.add_argument("--output-json", metavar="FILE")
+    add_fixed_flags(parser)
     parser.set_defaults(hf_batch_sizes=None, hf_static_cache=False)
     add_engine_flags(parser, without=("skip_tokenizer_init", "tokenizer", "chat_template", "generation_config"))
     return parser
@@ -51,6 +52,7 @@ def main(argv: Sequence[str], prog: str, clock: Callable[[], float] = time.perf_
             spec.engine_kwargs["enable_prefix_caching"] = False
         rng, top = random.Random(args.seed or 0), min(MOST_IDS, model_config.vocab_size)
         requests = [BenchRequest(rng.choices(range(top), k=args.input_len), args.output_len) for _ in range(args.batch_size)]
+        require_lengths_fit(requests, spec, model_config)
         backend = MinivllmBackend(spec)
         try:
             latencies = measure(backend, Workload("latency", requests), args.num_iters_warmup, args.num_iters, clock)

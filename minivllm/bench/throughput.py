@@ -25,7 +25,7 @@ from minivllm.bench.environment import describe_environment
 from minivllm.bench.flags import OneLineParser, add_engine_flags, engine_kwargs, flag, parse_flags, require, require_at_least
 from minivllm.bench.measure import measure_all
 from minivllm.bench.shapes import SHAPES, write_shape
-from minivllm.bench.workload import Workload, add_workload_flags, workload_from_flags
+from minivllm.bench.workload import BenchRequest, Workload, add_workload_flags, workload_from_flags
 from minivllm.config import ModelConfig
 from minivllm.engine_args import engine_config_from_kwargs
 from minivllm.exceptions import ValidationError
@@ -34,6 +34,8 @@ from minivllm.startup import decide_device
 from minivllm.weights import resolve_dtype, resolve_model
 
 CUTS = {"top_k": int, "top_p": float, "repetition_penalty": float}
+NOT_HERE = {"dataset_path": "prompts are drawn, none is read from a file", "lora_path": "the engine has no adapters",
+            "async_engine": "the offline engine is measured; `serve` measures the other through HTTP"}
 
 
 def build_parser(prog: str) -> OneLineParser:
@@ -46,18 +48,25 @@ def build_parser(prog: str) -> OneLineParser:
     for name, kind in CUTS.items():
         parser.add_argument(flag(name), type=kind, help="what the sampler does beside it, in every engine (default: nothing)")
     parser.add_argument("--repeats", type=int, default=3, help="timed runs; the median counts (default: %(default)s)")
-    parser.add_argument("--num-warmups", type=int, default=8, help="requests run before, untimed (default: %(default)s)")
+    parser.add_argument("--num-warmups", type=int, default=8, help="requests run before, untimed (default: %(default)s; vLLM's: 0)")
     parser.add_argument("--interleave", action="store_true", help="load all backends at once and let them take turns")
     parser.add_argument("--hf-batch-sizes", type=int, nargs="+", metavar="N", help="to sweep (default: all, 1/2, 1/4, 1/8)")
     parser.add_argument("--hf-max-batch-size", type=int, metavar="N", help="vLLM's way to give one")
     parser.add_argument("--hf-static-cache", action="store_true", help="static cache, and with it compiled decode (CUDA)")
     parser.add_argument("--bandwidth", type=float, metavar="GB/S", help="memory rate of the machine (default: measured)")
     parser.add_argument("--output-json", metavar="FILE")
-    parser.add_argument("--n", type=int, choices=(1,), help="answers to a prompt, for scripts written for vLLM")
-    parser.add_argument("--disable-detokenize", action="store_true", help="always so: token ids in and out")
+    for name in NOT_HERE:
+        parser.add_argument(flag(name), nargs="?", const=True, help=argparse.SUPPRESS)
+    add_fixed_flags(parser)
     add_workload_flags(parser)
     add_engine_flags(parser, without=("skip_tokenizer_init", "tokenizer", "chat_template", "generation_config"))
     return parser
+
+
+def add_fixed_flags(parser: argparse.ArgumentParser) -> None:
+    """What scripts written for vLLM may say, and what is always so here."""
+    parser.add_argument("--n", type=int, choices=(1,), help="answers to a prompt, for scripts written for vLLM")
+    parser.add_argument("--disable-detokenize", action="store_true", help="always so: token ids in and out")
 
 
 def main(argv: Sequence[str], prog: str, clock: Callable[[], float] = time.perf_counter) -> int:
@@ -66,6 +75,7 @@ def main(argv: Sequence[str], prog: str, clock: Callable[[], float] = time.perf_
     with tempfile.TemporaryDirectory(prefix="minivllm-bench-") as folder:
         spec, model_config = choose_model(args, Path(folder))
         workload = with_cuts(workload_from_flags(args, model_config.vocab_size), args)
+        require_lengths_fit(workload.requests, spec, model_config)
         whole = run(args, spec, model_config, workload, clock)
     print("\n".join(report.table_lines(whole)))
     if args.output_json:
@@ -88,17 +98,39 @@ def check(args: argparse.Namespace) -> None:
     require(len(set(args.backend)) == len(args.backend), "backend", "each backend once", " ".join(args.backend))
     require(args.baseline in (None, *args.backend), "baseline", f"one of the backends that run ({', '.join(args.backend)})",
             args.baseline)
-    require(args.bandwidth is None or args.bandwidth > 0, "bandwidth", "gigabytes a second, more than 0", args.bandwidth)
-    require(args.temperature is None or 0 <= args.temperature < float("inf"), "temperature", "0 or more", args.temperature)
+    require(args.bandwidth is None or 0 < args.bandwidth < float("inf"), "bandwidth", "gigabytes a second, more than 0 and finite",
+            args.bandwidth)
+    sampling = {name: value for name in ("temperature", *CUTS) if (value := getattr(args, name)) is not None}
+    SamplingParams(**sampling)  # raises for a wrong one
+    require("hf-continuous" not in args.backend or args.repetition_penalty in (None, 1), "repetition_penalty",
+            "left out beside hf-continuous, where transformers drops it", args.repetition_penalty)
+    for name, why in NOT_HERE.items():
+        if getattr(args, name) is not None:
+            raise ValidationError(f"is not implemented: {why}", parameter=name)
+    check_hf_flags(args)
+
+
+def check_hf_flags(args: argparse.Namespace) -> None:
+    """Flags of Hugging Face's backends, which must be there then."""
+    given = [name for name in ("hf_batch_sizes", "hf_max_batch_size", "hf_static_cache") if getattr(args, name)]
+    if given and not {"hf", "hf-continuous"} & set(args.backend):
+        raise ValidationError("is for the backends hf and hf-continuous, and none of them runs", parameter=given[0])
+    require(args.hf_max_batch_size is None or args.hf_max_batch_size >= 1, "hf_max_batch_size", "1 or more", args.hf_max_batch_size)
+    for size in args.hf_batch_sizes or []:
+        require(size >= 1, "hf_batch_sizes", "1 or more", size)
     if args.hf_max_batch_size is not None:
         if args.hf_batch_sizes is not None:
             raise ValidationError("was given beside --hf-batch-sizes: keep one", parameter="hf_max_batch_size")
         args.hf_batch_sizes = [args.hf_max_batch_size]
-    SamplingParams(**{name: getattr(args, name) for name in CUTS if getattr(args, name) is not None})  # raises for a wrong one
-    for size in args.hf_batch_sizes or []:
-        require(size >= 1, "hf_batch_sizes", "1 or more", size)
-    if args.output_json and not Path(args.output_json).resolve().parent.is_dir():
-        raise ValidationError(f"{args.output_json!r} lies in a folder that does not exist", parameter="output_json")
+
+
+def require_lengths_fit(requests: Sequence[BenchRequest], spec: ModelSpec, model_config: ModelConfig) -> None:
+    """Raise before any backend has run if a request is longer than minivllm's contexts may be."""
+    most = spec.engine_kwargs.get("max_model_len") or model_config.max_model_len
+    longest = max(len(request.prompt_token_ids) + request.max_tokens for request in requests)
+    if longest > most:
+        raise ValidationError(f"is {most}, and the longest request has {longest} tokens with its answer: shorten it, or raise this",
+                              parameter="max_model_len", value=most)
 
 
 def choose_model(args: argparse.Namespace, folder: Path) -> tuple[ModelSpec, ModelConfig]:
@@ -133,10 +165,10 @@ def run(args: argparse.Namespace, spec: ModelSpec, model_config: ModelConfig, wo
         print("\n".join(report.vllm_lines(one)), flush=True)
     print()
     max_num_seqs = engine_config_from_kwargs(**spec.engine_kwargs).max_num_seqs
-    num_bytes = least_bytes(model_config, workload.requests, spec.dtype.itemsize, max_num_seqs)
-    floor = report.Floor(num_bytes, bandwidth, args.bandwidth is None)
+    floors = [report.Floor(least_bytes(model_config, workload.requests, spec.dtype.itemsize, one.size or max_num_seqs), bandwidth,
+                           args.bandwidth is None) for one in measured]  # each with its own number of seats
     baseline = next(one for one in measured if one.backend == (args.baseline or args.backend[0]))
     model_id = args.shape or spec.engine_kwargs.get("model") or "minivllm-tiny"
-    results = [report.result_json(one, baseline, floor, model_id) for one in measured]
-    return report.whole_json(results, floor, workload.name, baseline.backend, workload.temperature,
+    results = [report.result_json(one, baseline, floor, model_id) for one, floor in zip(measured, floors)]
+    return report.whole_json(results, floors[0], workload.name, baseline.backend, workload.temperature,
                              describe_environment(spec.device, spec.dtype))

@@ -122,8 +122,8 @@ def add_workload_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--input-len", type=int, help="the same as --random-input-len")
     group.add_argument("--output-len", type=int, help="the same as --random-output-len, and as --prefix-repetition-output-len")
     for name in LENGTHS[3:]:
-        kind = float if name == "random_range_ratio" else int
-        group.add_argument(flag(name), type=kind, help=f"(default: {DEFAULT_LENGTHS[name]})")
+        kind, also = float if name == "random_range_ratio" else int, ["--prefix-len"] if name == "random_prefix_len" else []
+        group.add_argument(flag(name), *also, type=kind, help=f"(default: {DEFAULT_LENGTHS[name]})")
     for name, default in PREFIX_LENGTHS.items():
         group.add_argument(flag(f"prefix_repetition_{name}"), type=int, help=f"(default: {default})")
 
