@@ -248,7 +248,7 @@ def candidates(logits: Tensor, metadata: SamplingMetadata) -> tuple[Tensor, Tens
 def draw_from_few(logits: Tensor, ids: Tensor, metadata: SamplingMetadata, vocab_size: int) -> Tensor:
     """What `draw` draws where all other logits are -inf: the same sums and the same noise, for the parts that are not empty.
 
-    Of 32 candidates and not of 151,936 logits, a row takes 1 ms on a CPU and not 6.
+    Of 33 candidates and not of 151,936 logits, a row takes 1.6 ms on a CPU and not 6.
     """
     logits, keys = warp(logits, metadata), row_keys(metadata.seeds, metadata.positions)
     size = math.gcd(vocab_size, PART)

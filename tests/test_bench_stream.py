@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from minivllm.bench.arrivals import arrival_times, send_all
 from minivllm.bench.serve_metrics import ServeOptions, calculate, result_lines
 from minivllm.bench.sse import EventReader
-from minivllm.bench.stream import RequestRecord, StreamTimer
+from minivllm.bench.stream import MalformedChunk, RequestRecord, StreamTimer
 
 
 class FakeClock:
@@ -96,6 +96,27 @@ def test_an_answer_without_tokens_or_with_an_error_has_failed(events):
     """No token chunk at all, or an error in mid-stream: the request is a failure and says why."""
     record = play(events)
     assert not record.success and record.error, f"counted as a success: {record}"
+
+
+def test_an_error_of_null_is_no_error():
+    """Servers that send every field of a chunk send `error: null` too: such an answer has succeeded."""
+    events = [(now, event if isinstance(event, str) else event | {"error": None}) for now, event in COMPLETION]
+    assert play(events) == play(COMPLETION), f"an error of null made it {play(events)}"
+
+
+def test_the_servers_count_of_the_prompt_is_the_one_that_holds():
+    """usage.prompt_tokens takes the place of the bench's own count; without it that one stays."""
+    told = {"choices": [], "usage": {"prompt_tokens": 9, "completion_tokens": 1}}
+    lengths = [play([(11.0, text("a")), (12.0, one)], prompt_len=5).prompt_len for one in (told, COMPLETION[3][1], {"usage": None})]
+    assert lengths == [9, 5, 5], f"prompts of {lengths} tokens"
+
+
+@pytest.mark.parametrize("payload", ["null", "5", "[1]", "{", '{"choices": "abc"}', '{"choices": [1]}', '{"choices": {"a": 1}}',
+                                     '{"choices": [{"text": 5}]}', '{"usage": "x"}', '{"usage": {"completion_tokens": "7"}}'])
+def test_what_is_no_chunk_is_told_apart(payload):
+    """Each of these is refused by name: none is counted, and none is an accident in the middle of the arithmetic."""
+    with pytest.raises(MalformedChunk, match=r"(in|of) the stream is"):
+        play([(11.0, payload)])
 
 
 # ---- All requests ----

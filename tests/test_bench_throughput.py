@@ -362,7 +362,7 @@ def test_the_latency_command_runs(folder, tmp_path, capsys):
     ("throughput --temperature 3", "--temperature: temperature must be a finite number in [0, 2], got 3.0"),
     ("throughput --bandwidth inf", "--bandwidth: must be gigabytes a second, more than 0 and finite, got inf"),
     ("throughput --num-prompts 1 --input-len 8 --output-len 8 --max-model-len 12", "--max-model-len: is 12, and the"),
-    ("throughput --num-prompts 1 --input-len 2048 --output-len 8 --backend hf", "--max-model-len: is 2048, and the longest request"),
+    ("throughput --num-prompts 1 --input-len 2048 --output-len 8 --backend hf", "--max-model-len: is 2048, and the longest"),
     ("latency --input-len 2048", "--max-model-len: is 2048, and the longest request has 2176 tokens with its answer"),
     ("throughput --async-engine", "--async-engine: is not implemented: the offline engine is measured"),
     ("throughput --dataset-path x.json", "--dataset-path: is not implemented: prompts are drawn"),

@@ -6,6 +6,7 @@ import functools
 import math
 import random
 
+import pytest
 from depth import examples
 
 from minivllm import LLM, SamplingParams
@@ -50,6 +51,7 @@ def all_logprobs(output) -> list[float]:
     return [logprob.logprob for entry in entries for logprob in entry.values()]
 
 
+@pytest.mark.timeout(examples(300))
 def test_any_mix_of_parameters_gives_each_request_what_it_gets_alone():
     """Text, tokens, reasons and logprobs do not depend on who else runs, on block size, chunks, seats or cache."""
     alone, *crowded = engines()

@@ -37,12 +37,21 @@ class Target:
 
 
 @dataclass(frozen=True)
+class ModelCard:
+    """What the server says of a model: the name to ask for, and the folder or hub id that it was loaded from."""
+
+    model_id: str
+    root: str
+
+
+@dataclass(frozen=True)
 class Prompt:
     """What one request sends: text, or token ids where the server takes them."""
 
     content: str | list[int]
     num_tokens: int
     max_tokens: int
+    request_id: str = ""  # sent as a header, so that the server's log can be laid beside the result
 
 
 def payload_of(target: Target, prompt: Prompt) -> dict[str, Any]:
@@ -71,8 +80,9 @@ async def stream_one(client: aiohttp.ClientSession, target: Target, prompt: Prom
     body = payload_of(target, prompt)
     record = RequestRecord(prompt.num_tokens, clock())
     timer, reader = StreamTimer(record, target.is_chat), EventReader()
+    headers = {"x-request-id": prompt.request_id} if prompt.request_id else {}
     try:
-        async with client.post(target.base_url + target.endpoint, json=body) as response:
+        async with client.post(target.base_url + target.endpoint, json=body, headers=headers) as response:
             if response.status != 200:
                 record.error = f"HTTP {response.status}: {(await response.read()).decode(errors='replace')}"
                 return record
@@ -80,25 +90,29 @@ async def stream_one(client: aiohttp.ClientSession, target: Target, prompt: Prom
                 now = clock()
                 for event in reader.feed(piece):
                     timer.on_event(event, now)
-    except (*BROKEN, ValueError) as error:  # a connection that broke, or a payload that is no JSON
-        record.error = f"{type(error).__name__}: {error}"
+    except (*BROKEN, ValueError, RecursionError) as error:  # a connection, a stream not OpenAI's, brackets a thousand deep
+        record.error = record.error or f"{type(error).__name__}: {error}"
     return timer.finish()
 
 
 async def get(client: aiohttp.ClientSession, url: str, seconds: float) -> tuple[int, str]:
     """Status and body. Raises one of `BROKEN` if there is no answer in time."""
     async with client.get(url, timeout=aiohttp.ClientTimeout(total=seconds)) as response:
-        return response.status, await response.text()
+        return response.status, (await response.read()).decode(errors="replace")
 
 
-async def find_model(client: aiohttp.ClientSession, base_url: str) -> str:
+async def find_model(client: aiohttp.ClientSession, base_url: str) -> ModelCard:
     """The first model that the server names. Raises `BenchError` if none answers."""
     try:
         status, text = await get(client, base_url + "/v1/models", 30)
         if status != 200:
             raise ValueError(f"HTTP {status}")
-        return json.loads(text)["data"][0]["id"]
-    except (*BROKEN, ValueError, LookupError, TypeError) as error:
+        card = json.loads(text)["data"][0]
+        model_id, root = card["id"], card.get("root")  # root is vLLM's addition
+        if not isinstance(model_id, str):
+            raise TypeError(f"its id is {model_id!r}")
+        return ModelCard(model_id, root if root and isinstance(root, str) else model_id)
+    except (*BROKEN, ValueError, LookupError, TypeError, AttributeError) as error:
         raise BenchError(f"--base-url: {base_url}/v1/models gives no model ({type(error).__name__}: {error}): start the server, "
                          "wait for it with --ready-check, or name a model with --model") from error
 
@@ -124,9 +138,9 @@ async def read_cache_counters(client: aiohttp.ClientSession, base_url: str) -> d
     """Prefix-cache queries and hits of the server so far, in tokens, from /metrics; None where it does not tell."""
     try:
         status, text = await get(client, base_url + "/metrics", 30)
-    except BROKEN:
+        return parse_cache_counters(text) if status == 200 else None
+    except (*BROKEN, ValueError):  # nobody there, or a counter that is no number
         return None
-    return parse_cache_counters(text) if status == 200 else None
 
 
 def parse_cache_counters(metrics: str) -> dict[str, float] | None:

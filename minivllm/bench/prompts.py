@@ -7,28 +7,48 @@ decoded text are not always those that it was made of.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from minivllm.bench.client import Prompt
 from minivllm.bench.workload import BenchRequest, Source
-from minivllm.exceptions import CheckpointError
+from minivllm.exceptions import CheckpointError, ValidationError
 from minivllm.weights import resolve_model
 
 MOST_TRIES = 10
+EMBEDDED_NAME = "minivllm-tiny"  # what minivllm's own server calls the model inside the package (serve/args.py)
 
 
-def load_tokenizer(tokenizer: str | None, model: str | None) -> Any:
-    """The one that was named, else the model's if that is a folder here, else the embedded one."""
+def load_tokenizer(name: str, local_only: bool = True) -> Any:
+    """The tokenizer of a folder or a hub id, or the embedded one under its name. Raises `CheckpointError` if there is none.
+
+    With `local_only` a hub id is looked for in the hub's cache and nowhere else: nobody waits for a network that was not asked for.
+    """
     from transformers import AutoTokenizer
 
-    if tokenizer is None and model is not None and Path(model).is_dir():
-        tokenizer = model
-    source = str(resolve_model(None)) if tokenizer is None else tokenizer
+    source = str(resolve_model(None)) if name == EMBEDDED_NAME else name
     try:
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, local_files_only=local_only)
     except Exception as error:  # transformers raises many kinds
-        raise CheckpointError(f"no usable tokenizer in {source}: {error}: pass --tokenizer FOLDER") from error
+        raise CheckpointError(f"no usable tokenizer in {source}: {error}") from error
+    if not allowed_ids(tokenizer):  # what transformers makes of a folder with a config.json and no tokenizer's files
+        raise CheckpointError(f"no usable tokenizer in {source}: its vocabulary is empty")
+    return tokenizer
+
+
+def named_tokenizer(name: str) -> Any:
+    """The tokenizer that the user asked for. Raises `ValidationError` rather than take another one."""
+    try:
+        return load_tokenizer(name, local_only=False)
+    except CheckpointError as error:
+        raise ValidationError(f"{error}: pass a folder with tokenizer.json, or a hub id", parameter="tokenizer") from error
+
+
+def tokenizer_of(model: str) -> tuple[Any, str]:
+    """The model's tokenizer and its name, where this machine has it; else the embedded one and its."""
+    try:
+        return load_tokenizer(model), model
+    except CheckpointError:
+        return load_tokenizer(EMBEDDED_NAME), EMBEDDED_NAME
 
 
 def allowed_ids(tokenizer: Any) -> list[int]:
@@ -37,15 +57,17 @@ def allowed_ids(tokenizer: Any) -> list[int]:
     return [token_id for token_id in range(len(tokenizer)) if token_id not in special]
 
 
-def as_prompts(requests: Sequence[BenchRequest], tokenizer: Any, source: Source, send_token_ids: bool) -> list[Prompt]:
-    """What is sent for each request, with the number of tokens that it really has."""
+def as_prompts(requests: Sequence[BenchRequest], tokenizer: Any, source: Source, send_token_ids: bool,
+               id_prefix: str = "") -> list[Prompt]:
+    """What is sent for each request, with the number of tokens that it really has, and its number as request id."""
     prompts = []
-    for request in requests:
+    for number, request in enumerate(requests):
         if send_token_ids:
-            prompts.append(Prompt(request.prompt_token_ids, len(request.prompt_token_ids), request.max_tokens))
+            content: str | list[int] = request.prompt_token_ids
+            num_tokens = len(request.prompt_token_ids)
         else:
-            text, num_tokens = text_of_length(request.prompt_token_ids, tokenizer, source)
-            prompts.append(Prompt(text, num_tokens, request.max_tokens))
+            content, num_tokens = text_of_length(request.prompt_token_ids, tokenizer, source)
+        prompts.append(Prompt(content, num_tokens, request.max_tokens, f"{id_prefix}{number}"))
     return prompts
 
 
