@@ -47,14 +47,17 @@ class SamplerGraphs:
 
     def compute(self, size: int) -> Tensor:
         """Token ids (B,) of the step that the bucket of this size has just computed."""
-        return self.sample(self.decodes.results[size][0], self.decodes.index[:size])
+        index = self.decodes.index[:size]
+        return self.sample(self.decodes.results[size][0], index, torch.zeros_like(index))
 
-    def sample(self, logits: Tensor, index: Tensor) -> Tensor:
-        """A token (R,) for each of the logits (R, V) of the rows in `index` (R,), for a step of any kind."""
+    def sample(self, logits: Tensor, index: Tensor, back: Tensor) -> Tensor:
+        """A token (R,) for each of the logits (R, V) of the rows in `index` (R,), for a step of any kind. Behind guesses a row
+        comes several times: then each token stands `back` (R,) int64 before the step's last.
+        """
         count = len(index)
         if count == 1:  # torch.compile would make something of its own of one row: so it comes twice
-            logits, index = logits.repeat(2, 1), index.repeat(2)
-        return self.sample_by_cuts(len(index), logits, self.decodes.rows, index)[:count]
+            logits, index, back = logits.repeat(2, 1), index.repeat(2), back.repeat(2)
+        return self.sample_by_cuts(len(index), logits, self.decodes.rows, index, back)[:count]
 
     def run(self, num_requests: int) -> Tensor:
         """Token ids (B,) of the decode step that was launched last. Valid until the next run."""
@@ -66,9 +69,12 @@ class SamplerGraphs:
         return self.results[size][:num_requests]
 
 
-def sample_by_cuts(logits: Tensor, rows: RowTensors, index: Tensor) -> Tensor:
-    """A token (R,) for each of the logits (R, V), as the rows in `index` (R,) ask for; it becomes its row's newest."""
-    positions, temperature = rows.positions[index].long(), rows.temperature[index][:, None]
+def sample_by_cuts(logits: Tensor, rows: RowTensors, index: Tensor, back: Tensor) -> Tensor:
+    """A token (R,) for each of the logits (R, V), as the rows in `index` (R,) ask for; it is written where it stands in its row.
+
+    That is `back` (R,) before the row's position. A row's guesses stand in it already, and count as far as they lie before.
+    """
+    positions, temperature = rows.positions[index].long() - back, rows.temperature[index][:, None]
     cuts = rows.cuts[:, index, None]  # (number of cuts, R, 1)
     logits = penalize(logits.float(), rows.token_ids[index], positions, cuts)
     ordered = largest_by_parts(logits, MOST_TOP_K)  # (R, 64), descending

@@ -216,10 +216,11 @@ class ModelRunner:
         rows = np.repeat(rows, num_sampled)
         index, behind = self.upload(rows, back)  # (R,) each, in one copy
         logits = self.model.compute_logits(hidden)  # (R, V)
-        # The compiled samplers are good for one token a row: behind drafts a row has several, each at a place of its own.
-        if self.graphs and self.sampler_graphs and not self.batch.wants_more_than_cuts and not back.any():
-            sampler = self.sampler_graphs if self.batch.wants_more_than_temperature else self.graphs
-            return self.launched(rows, logits, sampler.sample(logits, index), prompts, drafts)
+        if self.graphs and self.sampler_graphs and not self.batch.wants_more_than_cuts:
+            # The plain sampler is good for one token a row: behind drafts a row has several, each at a place of its own.
+            is_plain = not self.batch.wants_more_than_temperature and not back.any()
+            token_ids = self.graphs.sample(logits, index) if is_plain else self.sampler_graphs.sample(logits, index, behind)
+            return self.launched(rows, logits, token_ids, prompts, drafts)
         offsets = np.repeat(num_sampled, num_sampled) - 1 - back
         return self.launched(rows, logits, self.sample_by_all_parameters(logits, rows, index, offsets, behind), prompts, drafts)
 

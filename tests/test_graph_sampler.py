@@ -55,7 +55,7 @@ def check_a_batch(seed: int, vocab_size: int, num_rows: int, has_ties: bool) -> 
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     asked = [drawn_params(rng) for _ in range(num_rows)]
     assert all(fits_in_row(params) for params in asked)
-    histories = [rng.choices(range(min(vocab_size, 9)), k=rng.randint(1, MAX_MODEL_LEN - 1)) for _ in asked]
+    histories = [rng.choices(range(min(vocab_size, 9)), k=rng.randint(1, MAX_MODEL_LEN - 6)) for _ in asked]
     prompt_lens, seeds = [rng.randint(1, len(history)) for history in histories], [rng.getrandbits(40) for _ in asked]
     logits = torch.randn(num_rows, vocab_size, generator=generator) * 4
     logits[:, :9] += 4  # where histories have their tokens
@@ -63,7 +63,10 @@ def check_a_batch(seed: int, vocab_size: int, num_rows: int, has_ties: bool) -> 
     expected = sample(logits, SamplingMetadata.from_requests(
         [RowParams(*row[:3], *row[3:]) for row in zip(asked, seeds, map(len, histories), prompt_lens, histories)], vocab_size))
     rows, index = rows_of(asked, histories, prompt_lens, seeds), torch.arange(num_rows).flip(0)
-    found = sample_by_cuts(logits.flip(0), rows, index).flip(0)
+    back = torch.tensor([rng.randint(0, 5) for _ in asked])  # as many guesses stand behind what counts
+    rows.positions[:num_rows] += back
+    found = sample_by_cuts(logits.flip(0), rows, index, back.flip(0)).flip(0)
+    rows.positions[:num_rows] -= back
     assert found.tolist() == expected.tolist(), f"{asked} behind {histories}, prompts of {prompt_lens}"
     newest = rows.token_ids[torch.arange(num_rows), rows.positions[:num_rows].long()]
     assert newest.tolist() == expected.tolist(), "the token is not its row's newest"

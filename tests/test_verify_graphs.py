@@ -45,7 +45,7 @@ def count_ways(llm: LLM) -> LLM:
     """Let WAYS know of every verification by graph, and of every step without one."""
     runner = llm.engine.runner
     for name, part, method in (("graph", runner.verify_graphs, "verify"), ("plain", runner, "forward"),
-                               ("decode", runner.graphs, "run")):
+                               ("decode", runner.graphs, "run"), ("cuts", runner.sampler_graphs, "sample")):
         own = getattr(part, method)
         setattr(part, method, lambda *args, name=name, own=own: (WAYS.update([name]), own(*args))[1])
     return llm
@@ -99,7 +99,7 @@ def test_the_workloads_above_go_every_way():
     """Verifications by graph, decodes by graph, steps with prompts among them, preemptions, refused drafts. Last in turn."""
     if not WAYS:
         pytest.skip("the property test did not run")
-    assert min(WAYS[way] for way in ("graph", "plain", "decode", "preempted", "rejected")) > 3, f"{WAYS}"
+    assert min(WAYS[way] for way in ("graph", "plain", "decode", "cuts", "preempted", "rejected")) > 3, f"{WAYS}"
 
 
 @functools.cache
