@@ -126,7 +126,7 @@ def threshold(logits: Tensor, ordered: Tensor, cuts: Tensor) -> Tensor:
     kth = ordered.gather(1, last).masked_fill(top_k == 0, NEVER)
     ordered = ordered.masked_fill(ordered < kth, NEVER)
     weights, total = weigh(ordered), weigh(logits.masked_fill(logits < kth, NEVER)).sum(dim=1, keepdim=True)
-    is_kept = (weights.cumsum(dim=1) - weights).double() < top_p.double() * total  # the likelier ones have not reached top_p
-    is_kept = is_kept | (ordered == 0)
+    # Kept is whom the likelier ones leave room below top_p, and the likeliest in any case.
+    is_kept = ((weights.cumsum(dim=1) - weights).double() < top_p.double() * total) | (ordered == 0)
     smallest = ordered.masked_fill(~is_kept, float("inf")).amin(dim=1, keepdim=True).masked_fill(top_p >= 1, NEVER)
     return torch.maximum(torch.maximum(kth, smallest), min_p.log())
