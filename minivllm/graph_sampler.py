@@ -11,7 +11,7 @@ Tokens are those of `sample`, bit for bit: ties at the threshold stay, and sums 
 rows (`RowTensors.cuts`), so nothing is built when the batch changes. Masks of tokens, a top_k above 64 and a top_p without any
 top_k (which has to put the whole vocabulary in order) are left to `sample`.
 
-vLLM: vllm/v1/sample/ops/topk_topp_sampler.py sorts all logits, or leaves it to FlashInfer.
+vLLM: vllm/v1/sample/ops/topk_topp_sampler.py sorts all logits, or leaves it to FlashInfer or to a Triton kernel of its own.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def threshold(logits: Tensor, ordered: Tensor, cuts: Tensor) -> Tensor:
     kth = ordered.gather(1, last).masked_fill(top_k == 0, NEVER)
     ordered = ordered.masked_fill(ordered < kth, NEVER)
     weights, total = weigh(ordered), weigh(logits.masked_fill(logits < kth, NEVER)).sum(dim=1, keepdim=True)
-    # Kept is whom the likelier ones leave room below top_p, and the likeliest in any case.
+    # A token stays if those that are likelier sum to less than top_p; the likeliest stays in any case.
     is_kept = ((weights.cumsum(dim=1) - weights).double() < top_p.double() * total) | (ordered == 0)
     smallest = ordered.masked_fill(~is_kept, float("inf")).amin(dim=1, keepdim=True).masked_fill(top_p >= 1, NEVER)
     return torch.maximum(torch.maximum(kth, smallest), min_p.log())
