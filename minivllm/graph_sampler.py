@@ -6,17 +6,20 @@ Owns the form of `sampler.py` that a GPU likes. Qwen2.5's generation_config has 
     the history      counts once: 1 for a token of the output, a trifle for one of the prompt
     the largest      are found in the 64 parts of the vocabulary whose largest logits are the largest
     top_k, top_p     look at these 64 alone, and with min_p become one threshold a row, so the last pass is `draw`
+    top_p alone      puts nothing in order: its threshold is searched for, two bits of a float at a time (`narrow`)
 
 Tokens are those of `sample`, bit for bit: ties at the threshold stay, and sums are sums of integers. What is asked for lies in the
-rows (`RowTensors.cuts`), so nothing is built when the batch changes. Masks of tokens, a top_k above 64 and a top_p without any
-top_k (which has to put the whole vocabulary in order) are left to `sample`.
+rows (`RowTensors.cuts`), so nothing is built when the batch changes. Tokens that may not come are masked before; a logit_bias and a
+top_k above 64 are left to `sample`.
 
 vLLM: vllm/v1/sample/ops/topk_topp_sampler.py sorts all logits, or leaves it to FlashInfer or to a Triton kernel of its own.
 """
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,67 +27,121 @@ from torch import Tensor
 
 from minivllm.compiled_model import OneAndMany
 from minivllm.cuda_graphs import DecodeGraphs, bucket_of, bucket_sizes, record
-from minivllm.input_batch import RowTensors
+from minivllm.input_batch import MOST_TOP_K, RowTensors
 from minivllm.sampler import NEVER, PART, draw, output_penalties, repetition_penalty
-from minivllm.sampling_metadata import MOST_TOP_K
 
 FAINT = 2.0**-20  # what a prompt's token counts: a million of them are not yet one of the output
+WIDEST, NUM_PASSES = 2**29, 16  # the search for a threshold: its first step, a quarter of that next, and the last is 1
 
 
 class SamplerGraphs:
-    """What is drawn behind a decode graph in place of its own plain token, one graph for each bucket of these."""
+    """What is drawn behind a decode graph in place of its own plain token: two graphs for each bucket, without and with the search
+    that a top_p alone needs.
+    """
 
     def __init__(self, decodes: DecodeGraphs) -> None:
         self.decodes = decodes
-        self.sample_by_cuts: Any = OneAndMany(sample_by_cuts) if decodes.use_compile else lambda _, *args: sample_by_cuts(*args)
-        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        self.results: dict[int, Tensor] = {}
+        self.sample_by_cuts, self.weigh_all, self.narrow = (
+            OneAndMany(function) if decodes.use_compile else functools.partial(uncompiled, function)
+            for function in (sample_by_cuts, weigh_all, narrow))
+        self.graphs: dict[bool, dict[int, torch.cuda.CUDAGraph]] = {}
+        self.results: dict[bool, dict[int, Tensor]] = {False: {}, True: {}}
 
     def capture(self) -> float:
         """Compile and record every bucket, once the decodes are. Returns the seconds that recording took."""
-        self.graphs, self.results, seconds = record(self.compute, bucket_sizes(self.decodes.max_num_seqs))
-        return seconds
+        sizes, total = bucket_sizes(self.decodes.max_num_seqs), 0.0
+        for by_mass in (False, True):
+            compute = functools.partial(self.compute, by_mass=by_mass)
+            self.graphs[by_mass], self.results[by_mass], seconds = record(compute, sizes)
+            total += seconds
+        return total
 
-    def compute(self, size: int) -> Tensor:
+    def compute(self, size: int, by_mass: bool) -> Tensor:
         """Token ids (B,) of the step that the bucket of this size has just computed."""
         index = self.decodes.index[:size]
-        return self.sample(self.decodes.results[size][0], index, torch.zeros_like(index))
+        return self.sample(self.decodes.results[size][0], index, torch.zeros_like(index), by_mass=by_mass)
 
-    def sample(self, logits: Tensor, index: Tensor, back: Tensor) -> Tensor:
+    def sample(self, logits: Tensor, index: Tensor, back: Tensor, *, by_mass: bool) -> Tensor:
         """A token (R,) for each of the logits (R, V) of the rows in `index` (R,), for a step of any kind. Behind guesses a row
-        comes several times: then each token stands `back` (R,) int64 before the step's last.
+        comes several times: then each token stands `back` (R,) int64 before the step's last. `by_mass`: some have a top_p alone.
         """
         count = len(index)
         if count == 1:  # torch.compile would make something of its own of one row: so it comes twice
             logits, index, back = logits.repeat(2, 1), index.repeat(2), back.repeat(2)
-        return self.sample_by_cuts(len(index), logits, self.decodes.rows, index, back)[:count]
+        step = (logits, self.decodes.rows, index, back)
+        floor = self.find_floor(*step) if by_mass else torch.full(index.shape, NEVER, device=logits.device)
+        return self.sample_by_cuts(len(index), *step, floor)[:count]
 
-    def run(self, num_requests: int) -> Tensor:
+    def find_floor(self, logits: Tensor, rows: RowTensors, index: Tensor, back: Tensor) -> Tensor:
+        """(R,): what no logit may be below, once the largest is 0 and temperature has divided it; -inf without a top_p alone."""
+        logits, mass = self.weigh_all(len(index), logits, rows, index, back)
+        low = torch.zeros(len(index), dtype=torch.int32, device=logits.device)
+        step = torch.full_like(low, WIDEST)
+        for _ in range(NUM_PASSES):
+            low, step = self.narrow(len(index), logits, mass, low, step)
+        return (-low.view(torch.float32)).masked_fill(mass < 0, NEVER)
+
+    def run(self, num_requests: int, *, by_mass: bool) -> Tensor:
         """Token ids (B,) of the decode step that was launched last. Valid until the next run."""
         size = bucket_of(num_requests, self.decodes.max_num_seqs)
         if self.decodes.use_graphs:
-            self.graphs[size].replay()
+            self.graphs[by_mass][size].replay()
         else:
-            self.results[size] = self.compute(size)
-        return self.results[size][:num_requests]
+            self.results[by_mass][size] = self.compute(size, by_mass)
+        return self.results[by_mass][size][:num_requests]
 
 
-def sample_by_cuts(logits: Tensor, rows: RowTensors, index: Tensor, back: Tensor) -> Tensor:
+def uncompiled(function: Callable[..., Any], num_rows: int, *args: Any) -> Any:
+    """Called like an `OneAndMany`."""
+    return function(*args)
+
+
+def sample_by_cuts(logits: Tensor, rows: RowTensors, index: Tensor, back: Tensor, floor: Tensor) -> Tensor:
     """A token (R,) for each of the logits (R, V), as the rows in `index` (R,) ask for; it is written where it stands in its row.
 
-    That is `back` (R,) before the row's position. A row's guesses stand in it already, and count as far as they lie before.
+    That is `back` (R,) before the row's position. A row's guesses stand in it already, and count as far as they lie before. No
+    token is drawn whose logit lies below the `floor` (R,) that a top_p alone has found.
     """
-    positions, temperature = rows.positions[index].long() - back, rows.temperature[index][:, None]
-    cuts = rows.cuts[:, index, None]  # (number of cuts, R, 1)
-    logits = penalize(logits.float(), rows.token_ids[index], positions, cuts)
+    positions, cuts = rows.positions[index].long() - back, rows.cuts[:, index, None]  # (number of cuts, R, 1)
+    logits, is_greedy, temperature = penalize(logits.float(), rows.token_ids[index], positions, cuts), *temperatures(rows, index)
     ordered = largest_by_parts(logits, MOST_TOP_K)  # (R, 64), descending
-    is_greedy = temperature == 0
-    temperature, largest = temperature.masked_fill(is_greedy, 1), ordered[:, :1]
+    largest = ordered[:, :1]
     logits, ordered = (logits - largest) / temperature, (ordered - largest) / temperature
-    logits = logits.masked_fill(logits < threshold(logits, ordered, cuts), NEVER)
-    token_ids = draw(logits, rows.seeds[index], positions, 1.0 - is_greedy.float())
+    least = torch.maximum(floor[:, None], threshold(logits, ordered, cuts))
+    token_ids = draw(logits.masked_fill(logits < least, NEVER), rows.seeds[index], positions, 1.0 - is_greedy.float())
     rows.token_ids[index, positions] = token_ids.int()
     return token_ids
+
+
+def temperatures(rows: RowTensors, index: Tensor) -> tuple[Tensor, Tensor]:
+    """(R, 1) each: which of the rows in `index` (R,) are greedy, and by what to divide their logits, 1 for those."""
+    temperature = rows.temperature[index][:, None]
+    return temperature == 0, temperature.masked_fill(temperature == 0, 1)
+
+
+def weigh_all(logits: Tensor, rows: RowTensors, index: Tensor, back: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits (R, V) as `sample_by_cuts` has them before it cuts any off, and top_p of what they weigh together (R,) float64;
+    -1 for rows whose top_p is off or behind a top_k.
+    """
+    cuts = rows.cuts[:, index, None]
+    logits = penalize(logits.float(), rows.token_ids[index], rows.positions[index].long() - back, cuts)
+    logits = (logits - logits.amax(dim=1, keepdim=True)) / temperatures(rows, index)[1]
+    top_k, top_p = cuts[0, :, 0], cuts[1, :, 0]
+    mass = top_p.double() * weigh(logits).sum(dim=1)
+    return logits, mass.masked_fill((top_k > 0) | (top_p >= 1), -1)
+
+
+def narrow(logits: Tensor, mass: Tensor, low: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+    """One pass of the search for the smallest logit that a top_p keeps: what is above it weighs less than `mass` (R,).
+
+    Numbers below 0 lie in the order of their bits, read as an integer `low` (R,) int32: 0 is the largest logit, which stays in any
+    case. Of low, low + step, low + 2 step and low + 3 step (R,) int32 the last one stays that weighs too little still.
+    """
+    weights, found = weigh(logits), torch.zeros_like(low)
+    for count in (1, 2, 3):
+        bound = -(low + count * step).view(torch.float32)[:, None]
+        found = found + (weights.masked_fill(logits <= bound, 0).sum(dim=1).double() < mass).int()
+    return low + found * step, (step // 4).clamp(min=1)
 
 
 def penalize(logits: Tensor, token_ids: Tensor, positions: Tensor, cuts: Tensor) -> Tensor:
@@ -119,7 +176,7 @@ def weigh(logits: Tensor) -> Tensor:
 def threshold(logits: Tensor, ordered: Tensor, cuts: Tensor) -> Tensor:
     """(R, 1): what no logit (R, V) may be below by top_k, top_p and min_p, one after the other. The largest logit is 0.
 
-    `ordered` (R, at most 64) are the largest. A row with a top_p has a top_k, so it keeps none of the others but for ties.
+    `ordered` (R, at most 64) are the largest. A top_p behind a top_k keeps none of the others but for ties; one alone has a floor.
     """
     top_k, top_p, min_p = cuts[:3]  # (R, 1) each
     last = (top_k.long() - 1).clamp(0, ordered.shape[1] - 1)
@@ -128,5 +185,5 @@ def threshold(logits: Tensor, ordered: Tensor, cuts: Tensor) -> Tensor:
     weights, total = weigh(ordered), weigh(logits.masked_fill(logits < kth, NEVER)).sum(dim=1, keepdim=True)
     # A token stays if those that are likelier sum to less than top_p; the likeliest stays in any case.
     is_kept = ((weights.cumsum(dim=1) - weights).double() < top_p.double() * total) | (ordered == 0)
-    smallest = ordered.masked_fill(~is_kept, float("inf")).amin(dim=1, keepdim=True).masked_fill(top_p >= 1, NEVER)
+    smallest = ordered.masked_fill(~is_kept, float("inf")).amin(dim=1, keepdim=True).masked_fill((top_p >= 1) | (top_k == 0), NEVER)
     return torch.maximum(torch.maximum(kth, smallest), min_p.log())

@@ -22,11 +22,14 @@ import torch
 from torch import Tensor
 
 from minivllm.attention import NULL_BLOCK
-from minivllm.sampling_metadata import NO_PENALTIES, fits_in_row, is_plain
+from minivllm.sampling_metadata import NO_PENALTIES
 from minivllm.sampling_params import SamplingParams
 from minivllm.scheduler_output import NewRequestData, SchedulerOutput
 
 NO_CUTS = (0.0, 1.0, 0.0)  # top_k, top_p, min_p: nothing is cut off
+MOST_TOP_K = 64  # what is put in order where a graph samples (graph_sampler.py)
+TINY_TEMPERATURE = 0.05  # below it a float32 of logit / temperature has no digits left for the noise
+WISHES = ("more than a temperature", "a nucleus", "masks", "everything", "prompt_logprobs")
 
 
 def upload(values: np.ndarray, device: torch.device) -> Tensor:
@@ -82,6 +85,22 @@ def row_cuts(new: NewRequestData) -> list[float]:
     params = new.sampling_params
     cuts = NO_CUTS if params.is_greedy else (max(params.top_k, 0), params.top_p, params.min_p)
     return [*cuts, params.repetition_penalty, params.presence_penalty, params.frequency_penalty, new.num_prompt_tokens]
+
+
+def wishes_of(params: SamplingParams) -> list[str]:
+    """What a request asks for that costs its batch something, of `WISHES`. A greedy one cuts nothing off.
+
+    A nucleus is a top_p of all tokens, with no top_k before it; masks are lists of tokens that may not come. Everything is what
+    `sample` alone knows: a table of biases, a top_k that is not small, a temperature that is tiny.
+    """
+    draws = not params.is_greedy
+    penalties = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) != NO_PENALTIES
+    cuts = draws and (params.top_k > 0 or params.top_p < 1 or params.min_p > 0)
+    masks = params.allowed_token_ids is not None or bool(params.bad_words) or params.min_tokens > 0
+    everything = bool(params.logit_bias) or (draws and (params.top_k > MOST_TOP_K or params.temperature < TINY_TEMPERATURE))
+    asked = (penalties or cuts or masks or everything, draws and params.top_p < 1 and params.top_k <= 0, masks, everything,
+             params.prompt_logprobs is not None)
+    return [wish for wish, is_wanted in zip(WISHES, asked) if is_wanted]
 
 
 def _cells(rows: Sequence[int], starts: Sequence[int], values: Sequence[Sequence[int]]) -> np.ndarray:
@@ -143,9 +162,7 @@ class InputBatch:
         self.row_of: dict[str, int] = {}
         self.free_rows = list(reversed(range(max_num_seqs)))  # taken from the right: row 0 first
         self.num_admissions = 0
-        self.wants_prompt_logprobs: set[str] = set()
-        self.wants_more_than_temperature: set[str] = set()
-        self.wants_more_than_cuts: set[str] = set()  # of these, those for whom the numbers in their row are not enough
+        self.wants = {wish: set[str]() for wish in WISHES}  # whose it is, of the resident requests
 
     def add(self, new: NewRequestData, bad_words_token_ids: list[list[int]]) -> int:
         """Give a request a row: first-time, or resumed with what it had sampled before it was preempted."""
@@ -155,12 +172,8 @@ class InputBatch:
         self.requests[row] = RowRequest(new.request_id, new.num_prompt_tokens, new.sampling_params, new.seed, new.eos_token_ids,
                                         bad_words_token_ids, self.num_admissions)
         self.num_admissions += 1
-        if new.sampling_params.prompt_logprobs is not None:
-            self.wants_prompt_logprobs.add(new.request_id)
-        if not is_plain(new.sampling_params):
-            self.wants_more_than_temperature.add(new.request_id)
-        if not fits_in_row(new.sampling_params):
-            self.wants_more_than_cuts.add(new.request_id)
+        for wish in wishes_of(new.sampling_params):
+            self.wants[wish].add(new.request_id)
         self.num_tokens[row] = len(new.token_ids)
         self.num_computed[row] = new.num_computed_tokens
         self.num_blocks[row] = 0
@@ -169,9 +182,8 @@ class InputBatch:
     def remove(self, request_id: str) -> None:
         """Forget a finished or preempted request; one that never got a row is no error. What its row held is not read again."""
         row = self.row_of.pop(request_id, None)
-        self.wants_prompt_logprobs.discard(request_id)
-        self.wants_more_than_temperature.discard(request_id)
-        self.wants_more_than_cuts.discard(request_id)
+        for whose in self.wants.values():
+            whose.discard(request_id)
         if row is not None:
             self.requests[row] = None
             self.free_rows.append(row)

@@ -34,7 +34,7 @@ from minivllm.input_batch import InputBatch, RowTensors, StepInputs, upload
 from minivllm.logprobs import WHOLE_VOCABULARY, compute_logprobs, prompt_logprobs
 from minivllm.model import Qwen2ForCausalLM
 from minivllm.prompt_graphs import PromptGraphs, ungraphed_metadata
-from minivllm.sampler import sample
+from minivllm.sampler import mask_and_bias, sample
 from minivllm.sampling_metadata import RowParams, SamplingMetadata, encode_bad_words
 from minivllm.scheduler_output import Rewind, SchedulerOutput
 from minivllm.standing_attention import StandingAttention
@@ -84,13 +84,13 @@ class ModelRunner:
         if not output.num_scheduled_tokens:
             return AsyncOutput()  # rows have changed, and nothing is computed
         inputs, drafts = self.batch.prepare(output), output.scheduled_spec_decode_tokens
-        if self.graphs is not None and inputs.is_decode and not self.batch.wants_prompt_logprobs:
+        if self.graphs is not None and inputs.is_decode and not self.batch.wants["prompt_logprobs"]:
             return self.run_graph(inputs, self.graphs)
         if self.verify_graphs is not None and self.verify_graphs.fits(inputs):
             return self.verify(inputs, drafts, self.verify_graphs)
         self.write_drafts(drafts)
         wanted = upload(inputs.sampling_tokens, self.device)
-        if not self.batch.wants_prompt_logprobs:
+        if not self.batch.wants["prompt_logprobs"]:
             return self.sample(inputs, self.forward(inputs, wanted), {}, drafts)
         hidden = self.forward(inputs)
         return self.sample(inputs, hidden[wanted], self.prompt_logprobs(inputs, hidden), drafts)
@@ -114,17 +114,21 @@ class ModelRunner:
         by the whole sampler, some fifty kernels.
         """
         logits, token_ids = graphs.run(inputs.rows)
-        if self.batch.wants_more_than_cuts:
-            token_ids = self.sample_by_all_parameters(logits, inputs.rows, graphs.index[: len(inputs.rows)])
-        elif self.batch.wants_more_than_temperature and self.sampler_graphs is not None:
-            token_ids = self.sampler_graphs.run(len(inputs.rows))
-        return self.launched(inputs.rows, logits, token_ids, {}, {})
+        index, of_model = graphs.index[: len(inputs.rows)], logits
+        if self.batch.wants["everything"]:
+            token_ids = self.sample_by_all_parameters(logits, inputs.rows, index)
+        elif self.batch.wants["more than a temperature"] and self.sampler_graphs is not None:
+            if self.batch.wants["masks"]:  # written where the graph looks for logits; logprobs are those of the model
+                of_model = logits.clone()
+                logits.copy_(mask_and_bias(of_model, self.sampling_metadata(inputs.rows, index, 0, 0)))
+            token_ids = self.sampler_graphs.run(len(inputs.rows), by_mass=bool(self.batch.wants["a nucleus"]))
+        return self.launched(inputs.rows, of_model, token_ids, {}, {})
 
     def verify(self, inputs: StepInputs, drafts: Mapping[str, list[int]], graphs: VerifyGraphs) -> AsyncOutput:
         """The same where some have guesses to be verified."""
         requests = [self.batch.request(row) for row in inputs.rows]
         hidden, runs = graphs.verify(inputs, [drafts.get(request.request_id, ()) for request in requests])
-        if not self.batch.wants_more_than_temperature and all(request.params.logprobs is None for request in requests):
+        if not self.batch.wants["more than a temperature"] and all(request.params.logprobs is None for request in requests):
             self.batch.num_tokens[inputs.rows] += 1 + inputs.num_drafts
             self.settled = set(inputs.rows.tolist())
             return AcceptedRuns([request.request_id for request in requests], runs)
@@ -213,16 +217,17 @@ class ModelRunner:
             return AsyncOutput(prompt_logprobs=prompts)
         # How far each sampled token is from its request's last: 0, or 2, 1, 0 behind two drafts.
         back = np.repeat(np.cumsum(num_sampled), num_sampled) - np.arange(num_sampled.sum()) - 1  # (R,)
-        rows = np.repeat(rows, num_sampled)
+        rows, offsets = np.repeat(rows, num_sampled), np.repeat(num_sampled, num_sampled) - 1 - back
         index, behind = self.upload(rows, back)  # (R,) each, in one copy
-        logits = self.model.compute_logits(hidden)  # (R, V)
-        if self.graphs and self.sampler_graphs and not self.batch.wants_more_than_cuts:
-            # The plain sampler is good for one token a row: behind drafts a row has several, each at a place of its own.
-            is_plain = not self.batch.wants_more_than_temperature and not back.any()
-            token_ids = self.graphs.sample(logits, index) if is_plain else self.sampler_graphs.sample(logits, index, behind)
-            return self.launched(rows, logits, token_ids, prompts, drafts)
-        offsets = np.repeat(num_sampled, num_sampled) - 1 - back
-        return self.launched(rows, logits, self.sample_by_all_parameters(logits, rows, index, offsets, behind), prompts, drafts)
+        logits, wants = self.model.compute_logits(hidden), self.batch.wants  # (R, V)
+        if not self.graphs or not self.sampler_graphs or wants["everything"]:
+            token_ids = self.sample_by_all_parameters(logits, rows, index, offsets, behind)
+        elif wants["more than a temperature"] or back.any():
+            some = mask_and_bias(logits, self.sampling_metadata(rows, index, offsets, behind)) if wants["masks"] else logits
+            token_ids = self.sampler_graphs.sample(some, index, behind, by_mass=bool(wants["a nucleus"]))
+        else:  # good for one token a row: behind drafts a row has several, each at a place of its own
+            token_ids = self.graphs.sample(logits, index)
+        return self.launched(rows, logits, token_ids, prompts, drafts)
 
     def sample_by_all_parameters(self, logits: Tensor, rows: np.ndarray, index: Tensor, offsets: np.ndarray | int = 0,
                                  back: Tensor | int = 0) -> Tensor:

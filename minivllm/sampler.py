@@ -59,7 +59,7 @@ def choose(logits: Tensor, metadata: SamplingMetadata) -> Tensor:
 
 
 def sample_plain(logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
-    """`sample` for rows (R,) of requests that are `is_plain`: the same tokens, in a form that compiles to fast kernels.
+    """`sample` for rows (R,) that ask for a temperature, not a tiny one: the same tokens, in a form that compiles to fast kernels.
 
     No shift by the largest logit: temperatures are not tiny here, and finding it would mean to read all logits twice.
     """
@@ -85,7 +85,7 @@ def mask_and_bias(logits: Tensor, metadata: SamplingMetadata) -> Tensor:
 
 def add_at(logits: Tensor, bias: TokenBias) -> Tensor:
     """Add values[i] to logits[rows[i], ids[i]]; -inf bans a token, and entries for the same token add up."""
-    return logits.index_put((bias.rows, bias.ids), bias.values, accumulate=True)
+    return logits.index_put((bias.rows, bias.ids), bias.values.to(logits.dtype), accumulate=True)
 
 
 def ban_early_stops(logits: Tensor, stops: EarlyStops, positions: Tensor) -> Tensor:

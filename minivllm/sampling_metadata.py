@@ -26,8 +26,6 @@ from minivllm.sampling_params import SamplingParams
 PER_ROW = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
            "seeds", "prompt_lens", "positions", "token_ids")
 NO_PENALTIES = (1.0, 0.0, 0.0)  # repetition, presence, frequency
-TINY_TEMPERATURE = 0.05  # below it a float32 of logit / temperature has no digits left for the noise
-MOST_TOP_K = 64  # what is put in order where a graph samples (graph_sampler.py)
 ANY_TOKEN = -1  # fills up the prefixes of bad words on the left, and matches whatever stands there
 
 
@@ -146,20 +144,6 @@ class SamplingMetadata:
             early_stops=_early_stops(rows, device),
             bad_words=bad_words,
         )
-
-
-def is_plain(params: SamplingParams) -> bool:
-    """Whether a temperature, and not a tiny one, is all that a request asks of the sampler: nothing masked, biased or cut off."""
-    cuts = not params.is_greedy and (params.top_k > 0 or params.top_p < 1 or params.min_p > 0)
-    penalties = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) != NO_PENALTIES
-    return fits_in_row(params) and not (cuts or penalties)
-
-
-def fits_in_row(params: SamplingParams) -> bool:
-    """Whether some numbers say it all: no masks, no temperature that is tiny, and a top_p only of what a small top_k has left."""
-    masks = params.allowed_token_ids is not None or params.logit_bias or params.bad_words or params.min_tokens
-    needs_all_in_order = params.top_k > MOST_TOP_K or (params.top_k <= 0 and params.top_p < 1)
-    return not (masks or (needs_all_in_order and not params.is_greedy) or 0 < params.temperature < TINY_TEMPERATURE)
 
 
 def effective_top_k(params: SamplingParams, vocab_size: int) -> int:

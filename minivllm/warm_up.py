@@ -5,7 +5,7 @@ A kernel that was left out would be compiled by the first request that needs it,
 torch.compile write another kernel has to come here: a number of rows that is one, a branch on how many there are.
 
     decode graphs      one for each bucket of batch sizes, of samplers behind them, and of verifications, if somebody guesses
-    no graph           few tokens and many, and all hidden states, one or two asked for
+    no graph           few tokens, more and many, and all hidden states, one or two asked for
     prompt graphs      one for each bucket of tokens: by now everything is compiled, and these are only recorded
 
 On a CPU nothing is compiled, and the same objects compute every step as they would record it.
@@ -26,7 +26,7 @@ from minivllm.graph_sampler import SamplerGraphs
 from minivllm.input_batch import StepInputs, upload
 from minivllm.model_runner import ModelRunner
 from minivllm.prompt_graphs import PromptGraphs, token_buckets
-from minivllm.split_linear import MOST_TOKENS
+from minivllm.split_linear import FEW_TOKENS, MOST_TOKENS
 from minivllm.verify_graphs import VerifyGraphs
 
 
@@ -51,7 +51,8 @@ def warm_up(runner: ModelRunner) -> float:
     with compiling():
         seconds = decodes.capture() + samplers.capture() + (verifications.capture() if verifications else 0.0)
         # Steps beyond the largest graph run uncaptured, and their first one must not be the one that compiles.
-        for inputs in (padding_inputs(num_tokens, runner.rows.padding_row) for num_tokens in (2, MOST_TOKENS + 2)):
+        for num_tokens in (2, FEW_TOKENS + 2, MOST_TOKENS + 2):
+            inputs = padding_inputs(num_tokens, runner.rows.padding_row)
             for wanted in all_one_and_two(runner.device):
                 rows, seq_lens = runner.upload(inputs.rows, inputs.seq_lens)
                 runner.forward_ungraphed(inputs, rows, seq_lens, wanted)

@@ -222,22 +222,28 @@ class TestOnTheDevice:
             assert outputs[0] == outputs[1], "sampled tokens differ between graph and readable rung"
 
     def test_what_chat_models_ask_of_the_sampler_is_drawn_by_graph(self):
-        """Penalties, top_k, top_p and min_p in batches of every size: the readable rung's tokens, and nothing is compiled anew."""
+        """Penalties, top_k, top_p and min_p, a top_p alone and masked tokens in batches of every size: the readable rung's tokens,
+        and nothing is compiled anew.
+        """
         asked = [SamplingParams(temperature=0.7, top_k=20, top_p=0.8, repetition_penalty=1.1, seed=1, max_tokens=12),
                  SamplingParams(temperature=1, min_p=0.1, presence_penalty=1.5, seed=2, max_tokens=16, ignore_eos=True),
                  SamplingParams(temperature=0, repetition_penalty=1.3, max_tokens=9, ignore_eos=True),
                  SamplingParams(temperature=1.4, top_k=64, frequency_penalty=0.6, seed=3, max_tokens=14, ignore_eos=True)]
+        nucleus = SamplingParams(temperature=1.2, top_p=0.8, presence_penalty=0.3, seed=4, max_tokens=13, ignore_eos=True)
+        masked = SamplingParams(temperature=1, seed=5, min_tokens=7, stop_token_ids=list(range(0, 200, 2)), max_tokens=12)
         runs = []
         samplers = graphed().engine.runner.sampler_graphs
         own = samplers.run
-        samplers.run = lambda count: (runs.append(count), own(count))[1]
+        samplers.run = lambda count, by_mass: (runs.append((count, by_mass)), own(count, by_mass=by_mass))[1]
         torch._dynamo.utils.counters.clear()
-        for count in (1, 2, 3, 9, 20):
-            prompts = prompts_of(*range(5, 5 + count), seed=count)
-            params = [asked[index % 4] for index in range(count)]
-            outputs = [tokens_of(llm.generate(prompts, params, use_tqdm=False)) for llm in (graphed(), readable())]
-            assert outputs[0] == outputs[1], f"{count} requests: tokens differ between graph and readable rung"
-        assert set(runs) >= {1, 2, 3, 20}, f"batches drawn by graph: {set(runs)}"
+        for chosen in (asked, [nucleus, *asked], [masked, asked[0]], [masked, nucleus]):
+            for count in (1, 2, 3, 9, 20):
+                prompts = prompts_of(*range(5, 5 + count), seed=count)
+                params = [chosen[index % len(chosen)] for index in range(count)]
+                outputs = [tokens_of(llm.generate(prompts, params, use_tqdm=False)) for llm in (graphed(), readable())]
+                assert outputs[0] == outputs[1], f"{count} of {chosen}: tokens differ between graph and readable rung"
+        expected = {(count, by_mass) for count in (1, 2, 3, 20) for by_mass in (False, True)}
+        assert set(runs) >= expected, f"batches drawn by graph: {set(runs)}"
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 0, "something was compiled after warm-up"
         samplers.run = own
 

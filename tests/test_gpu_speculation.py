@@ -89,14 +89,16 @@ class TestOneEngine:
                 assert share < 1 or accepted == drafted > 0, f"{accepted} of {drafted} right guesses were accepted"
 
     def test_requests_that_ask_for_more_sample_behind_the_graph(self, monkeypatch):
-        """top_p, penalties, min_tokens and logprobs beside plain requests: the readable rung's tokens, and logprobs for each."""
-        prompts = prompts_of(5, 9, 14, 7, 30, seed=8)
+        """top_p, penalties, masks, a bias and logprobs beside plain requests: the readable rung's tokens, and logprobs for each."""
+        prompts = prompts_of(5, 9, 14, 7, 30, 12, 6, seed=8)
         params = [greedy(12), SamplingParams(temperature=1, seed=7, max_tokens=16, ignore_eos=True),
                   SamplingParams(temperature=1, top_k=9, top_p=0.8, seed=8, max_tokens=16, ignore_eos=True),
                   SamplingParams(temperature=0.9, repetition_penalty=1.3, seed=9, max_tokens=16, ignore_eos=True, logprobs=2),
-                  SamplingParams(temperature=0, min_tokens=6, max_tokens=11, logprobs=0)]
+                  SamplingParams(temperature=0, min_tokens=6, max_tokens=11, logprobs=0),
+                  SamplingParams(temperature=1, top_p=0.9, seed=10, max_tokens=12, ignore_eos=True),
+                  SamplingParams(temperature=1, logit_bias={5: 2.0}, seed=11, max_tokens=12, ignore_eos=True)]
         llm, ways = guessing(), Counter()
-        for chosen in (slice(0, 5), slice(0, 2), slice(1, 4), slice(3, 4), slice(0, 5)):
+        for chosen in (slice(0, 5), slice(0, 2), slice(1, 4), slice(3, 4), slice(3, 6), slice(0, 7)):
             expected = tokens_of(readable().generate(prompts[chosen], params[chosen], use_tqdm=False))
             for share in SHARES:
                 llm.reset_prefix_cache()

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from transformers import generation as hf
 
 from minivllm import sampler
+from minivllm.input_batch import wishes_of
 from minivllm.logprobs import compute_logprobs, prompt_logprobs, to_dicts
 from minivllm.sampler import NEVER, mask_and_bias, noise_of, row_keys, sample, warp
-from minivllm.sampling_metadata import RowParams, SamplingMetadata, encode_bad_words, is_plain
+from minivllm.sampling_metadata import RowParams, SamplingMetadata, encode_bad_words
 from minivllm.sampling_params import SamplingParams
 
 GREEDY = SamplingParams(temperature=0.0)
@@ -400,7 +401,7 @@ def test_the_plain_sampler_chooses_what_the_whole_one_chooses(seed, num_rows, vo
     rows = [RowParams(SamplingParams(temperature=rng.choice([0, 0.05, 0.7, 1.0, 2.0])), rng.randrange(2**40), rng.randrange(999))
             for _ in range(num_rows)]
     metadata = SamplingMetadata.from_requests(rows, vocab_size)
-    assert all(is_plain(row.params) for row in rows)
+    assert not any(wishes_of(row.params) for row in rows)
     plain = sampler.sample_plain(logits, metadata.temperature, metadata.seeds, metadata.positions)
     assert plain.tolist() == sample(logits, metadata).tolist()
 
@@ -436,9 +437,9 @@ def test_candidates_are_found_only_where_nothing_else_can_be_drawn():
     {"logit_bias": {3: 1.0}}, {"allowed_token_ids": [1]}, {"bad_words": ["x"]}, {"min_tokens": 2}, {"temperature": 0.01}])
 def test_whatever_else_is_asked_for_is_not_plain(field):
     """Every parameter that changes logits or cuts them off, and a tiny temperature, takes a request off the plain path."""
-    assert is_plain(SamplingParams(temperature=0.7, max_tokens=9))
-    assert is_plain(SamplingParams(temperature=0, top_k=3, max_tokens=9)), "a greedy request cuts nothing off"
-    assert not is_plain(SamplingParams(**{"temperature": 0.7, "max_tokens": 9, **field}))
+    assert not wishes_of(SamplingParams(temperature=0.7, max_tokens=9))
+    assert not wishes_of(SamplingParams(temperature=0, top_k=3, max_tokens=9)), "a greedy request cuts nothing off"
+    assert "more than a temperature" in wishes_of(SamplingParams(**{"temperature": 0.7, "max_tokens": 9, **field}))
 
 
 # Alone or in a batch

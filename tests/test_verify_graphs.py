@@ -36,6 +36,7 @@ MORE = [
     SamplingParams(temperature=0, max_tokens=12, min_tokens=9, presence_penalty=1.0, logprobs=2),
     SamplingParams(temperature=1, seed=6, max_tokens=9, logprobs=1, ignore_eos=True),
     SamplingParams(temperature=1, seed=6, max_tokens=9, top_p=0.8, bad_words=None, logit_bias={4: 3.0}, ignore_eos=True),
+    SamplingParams(temperature=1, seed=9, max_tokens=13, min_tokens=8, top_p=0.9, stop_token_ids=[*range(0, 90, 4)], logprobs=0),
 ]
 SHAPE = {"attention_backend": "flex_attention", "block_size": 16, "dtype": "float64"}
 WAYS = Counter()  # how many steps went which way
@@ -47,7 +48,7 @@ def count_ways(llm: LLM) -> LLM:
     for name, part, method in (("graph", runner.verify_graphs, "verify"), ("plain", runner, "forward"),
                                ("decode", runner.graphs, "run"), ("cuts", runner.sampler_graphs, "sample")):
         own = getattr(part, method)
-        setattr(part, method, lambda *args, name=name, own=own: (WAYS.update([name]), own(*args))[1])
+        setattr(part, method, lambda *args, name=name, own=own, **more: (WAYS.update([name]), own(*args, **more))[1])
     return llm
 
 
