@@ -125,9 +125,9 @@ def weigh_all(logits: Tensor, rows: RowTensors, index: Tensor, back: Tensor) -> 
     """
     cuts = rows.cuts[:, index, None]
     logits = penalize(logits.float(), rows.token_ids[index], rows.positions[index].long() - back, cuts)
-    logits = (logits - logits.amax(dim=1, keepdim=True)) / temperatures(rows, index)[1]
+    logits = (logits - in_parts(logits).amax(dim=2).amax(dim=1, keepdim=True)) / temperatures(rows, index)[1]
     top_k, top_p = cuts[0, :, 0], cuts[1, :, 0]
-    mass = top_p.double() * weigh(logits).sum(dim=1)
+    mass = top_p.double() * in_parts(weigh(logits)).sum(dim=2).sum(dim=1)
     return logits, mass.masked_fill((top_k > 0) | (top_p >= 1), -1)
 
 
@@ -140,7 +140,8 @@ def narrow(logits: Tensor, mass: Tensor, low: Tensor, step: Tensor) -> tuple[Ten
     weights, found = weigh(logits), torch.zeros_like(low)
     for count in (1, 2, 3):
         bound = -(low + count * step).view(torch.float32)[:, None]
-        found = found + (weights.masked_fill(logits <= bound, 0).sum(dim=1).double() < mass).int()
+        above = in_parts(weights.masked_fill(logits <= bound, 0)).sum(dim=2).sum(dim=1)
+        found = found + (above.double() < mass).int()
     return low + found * step, (step // 4).clamp(min=1)
 
 
@@ -157,12 +158,17 @@ def penalize(logits: Tensor, token_ids: Tensor, positions: Tensor, cuts: Tensor)
     return output_penalties(logits, counts.floor(), presence, frequency)
 
 
+def in_parts(x: Tensor) -> Tensor:
+    """(R, V) as (R, P, size): what is summed within parts first keeps all of a GPU busy, if there is only one row."""
+    return x.unflatten(1, (-1, math.gcd(x.shape[1], PART)))
+
+
 def largest_by_parts(logits: Tensor, num: int) -> Tensor:
     """The `num` largest of each row of logits (R, V), in descending order.
 
     At most `num` parts hold any of them, and these have the largest maxima. Of parts that tie any will do: values count, not ids.
     """
-    parts = logits.unflatten(-1, (-1, math.gcd(logits.shape[-1], PART)))  # (R, P, size)
+    parts = in_parts(logits)  # (R, P, size)
     _, chosen = parts.amax(dim=-1).topk(min(num, parts.shape[1]))  # (R, at most num)
     candidates = parts.gather(1, chosen[..., None].expand(-1, -1, parts.shape[2])).flatten(1)
     return candidates.topk(min(num, candidates.shape[1])).values
