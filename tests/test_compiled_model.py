@@ -15,7 +15,7 @@ from tiny_models import load_ours, random_qwen2, relative_error
 from minivllm import one_token
 from minivllm.compiled_model import CompiledModel, OneAndMany, compiling
 from minivllm.model import NoCache
-from minivllm.split_linear import MOST_TOKENS, SplitLinear, num_parts, split_linears
+from minivllm.split_linear import FEW_TOKENS, MOST_TOKENS, SplitLinear, num_parts, split_linears
 
 WIDTHS = st.tuples(st.sampled_from([(4, 2), (7, 1), (6, 3), (14, 2)]), st.sampled_from([32, 64, 96]), st.sampled_from([8, 16, 32]))
 
@@ -49,9 +49,10 @@ def test_the_layer_of_one_token_is_the_plain_layer(widths, seed, position):
 
 
 @settings(max_examples=examples(40), deadline=None)
-@given(st.sampled_from([1, 2, 17, MOST_TOKENS, MOST_TOKENS + 1]), st.integers(1, 40), st.integers(1, 40), st.integers(0, 99))
+@given(st.sampled_from([1, 2, 17, FEW_TOKENS, FEW_TOKENS + 1, MOST_TOKENS, MOST_TOKENS + 1]), st.integers(1, 40),
+       st.integers(1, 40) | st.sampled_from([16, 32]), st.integers(0, 99))
 def test_a_split_product_is_the_whole_product(num_rows, eighths, out_features, seed):
-    """For any number of rows, columns and parts, on x (T, K) and on x (1, T, K)."""
+    """For any number of rows, columns, parts and blocks, on x (T, K) and on x (1, T, K)."""
     torch.manual_seed(seed)
     linear = torch.nn.Linear(8 * eighths, out_features, bias=False)
     x = torch.randn(num_rows, 8 * eighths)
@@ -67,6 +68,25 @@ def test_products_are_cut_as_far_as_there_are_processors():
               "7B down": (18_944, 3584), "7B gate_up": (3584, 37_888), "odd": (8 * 3, 64), "twice odd": (16 * 3, 64)}
     expected = {"0.5B o": 4, "0.5B down": 4, "1.5B down": 4, "7B o": 2, "7B down": 2, "7B gate_up": 1, "odd": 1, "twice odd": 2}
     assert {name: num_parts(*shape) for name, shape in shapes.items()} == expected
+
+
+@pytest.mark.parametrize(("in_features", "out_features", "expected"), [
+    (48, 32, ["blocks", "blocks", "parts", "parts", "whole"]),  # two parts, as 7B's
+    (48, 24, ["parts", "parts", "parts", "parts", "whole"]),  # columns that two aligned blocks do not divide
+    (64, 32, ["parts", "parts", "parts", "parts", "whole"]),  # four, as 0.5B's
+    (24, 32, ["whole"] * 5)])
+def test_the_number_of_rows_says_which_way_a_product_is_cut(in_features, out_features, expected, monkeypatch):
+    """Two parts become two blocks of columns for few rows; each form gives the whole product."""
+    linear, ways = torch.nn.Linear(in_features, out_features, bias=False), []
+    for form in ("blocks", "parts"):
+        own = getattr(SplitLinear, f"by_{form}")
+        monkeypatch.setattr(SplitLinear, f"by_{form}",
+                            lambda self, rows, own=own, form=form: (ways.append(form), own(self, rows))[1])
+    for place, num_rows in enumerate((2, FEW_TOKENS, FEW_TOKENS + 1, MOST_TOKENS, MOST_TOKENS + 1)):
+        x = torch.randn(num_rows, in_features)
+        torch.testing.assert_close(SplitLinear(linear)(x), linear(x), rtol=1e-5, atol=1e-5)
+        ways.extend(["whole"] * (len(ways) == place))
+    assert ways == expected
 
 
 @pytest.mark.parametrize("num_tokens", [1, 2, 9])
