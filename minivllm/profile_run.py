@@ -27,7 +27,7 @@ from minivllm.sampling_metadata import RowParams, SamplingMetadata
 from minivllm.sampling_params import SamplingParams
 
 GIB = 2**30
-SAMPLER_COPIES = 6  # of a bucket's logits in float32, in each of two pools: counts, penalized, cut off
+SAMPLER_COPIES = 2 * 3  # of a bucket's logits in float32: counts, penalized, cut off, in each of the samplers' two pools
 
 
 @dataclass(frozen=True)
