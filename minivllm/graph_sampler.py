@@ -41,9 +41,9 @@ class SamplerGraphs:
 
     def __init__(self, decodes: DecodeGraphs) -> None:
         self.decodes = decodes
-        self.sample_by_cuts, self.weigh_all, self.narrow = (
+        self.penalize, self.sample_by_cuts, self.weigh_all, self.narrow = (
             OneAndMany(function) if decodes.use_compile else functools.partial(uncompiled, function)
-            for function in (sample_by_cuts, weigh_all, narrow))
+            for function in (penalize, sample_by_cuts, weigh_all, narrow))
         self.graphs: dict[bool, dict[int, torch.cuda.CUDAGraph]] = {}
         self.results: dict[bool, dict[int, Tensor]] = {False: {}, True: {}}
 
@@ -68,13 +68,14 @@ class SamplerGraphs:
         count = len(index)
         if count == 1:  # torch.compile would make something of its own of one row: so it comes twice
             logits, index, back = logits.repeat(2, 1), index.repeat(2), back.repeat(2)
-        step = (logits, self.decodes.rows, index, back)
-        floor = self.find_floor(*step) if by_mass else torch.full(index.shape, NEVER, device=logits.device)
-        return self.sample_by_cuts(len(index), *step, floor)[:count]
+        rows = self.decodes.rows
+        logits = self.penalize(len(index), logits, rows, index, back)
+        floor = self.find_floor(logits, rows, index) if by_mass else torch.full(index.shape, NEVER, device=logits.device)
+        return self.sample_by_cuts(len(index), logits, rows, index, back, floor)[:count]
 
-    def find_floor(self, logits: Tensor, rows: RowTensors, index: Tensor, back: Tensor) -> Tensor:
+    def find_floor(self, logits: Tensor, rows: RowTensors, index: Tensor) -> Tensor:
         """(R,): what no logit may be below, once the largest is 0 and temperature has divided it; -inf without a top_p alone."""
-        logits, mass = self.weigh_all(len(index), logits, rows, index, back)
+        logits, mass = self.weigh_all(len(index), logits, rows, index)
         low = torch.zeros(len(index), dtype=torch.int32, device=logits.device)
         step = torch.full_like(low, WIDEST)
         for _ in range(NUM_PASSES):
@@ -96,18 +97,31 @@ def uncompiled(function: Callable[..., Any], num_rows: int, *args: Any) -> Any:
     return function(*args)
 
 
-def sample_by_cuts(logits: Tensor, rows: RowTensors, index: Tensor, back: Tensor, floor: Tensor) -> Tensor:
-    """A token (R,) for each of the logits (R, V), as the rows in `index` (R,) ask for; it is written where it stands in its row.
-
-    That is `back` (R,) before the row's position. A row's guesses stand in it already, and count as far as they lie before. No
-    token is drawn whose logit lies below the `floor` (R,) that a top_p alone has found.
+def penalize(logits: Tensor, rows: RowTensors, index: Tensor, back: Tensor) -> Tensor:
+    """`apply_penalties` for logits (R, V) of the rows in `index` (R,), in float32. A token may stand `back` (R,) before the row's
+    position: a row's guesses stand in it already, and count as far as they lie before.
     """
-    positions, cuts = rows.positions[index].long() - back, rows.cuts[:, index, None]  # (number of cuts, R, 1)
-    logits, is_greedy, temperature = penalize(logits.float(), rows.token_ids[index], positions, cuts), *temperatures(rows, index)
+    logits, token_ids = logits.float(), rows.token_ids[index]  # (R, L)
+    *_, repetition, presence, frequency, prompt_lens = rows.cuts[:, index]  # (R,) each
+    columns = torch.arange(token_ids.shape[1], device=token_ids.device)
+    is_known = columns < (rows.positions[index].long() - back)[:, None]  # (R, L)
+    weights = torch.where(columns < prompt_lens[:, None], FAINT, 1.0) * is_known
+    # Unknown tokens add nothing, each to a number of its own: all to the same one, they would wait for each other.
+    where = torch.where(is_known, token_ids, columns % logits.shape[1]).long()
+    counts = torch.zeros_like(logits).scatter_add_(1, where, weights)
+    logits = repetition_penalty(logits, counts > 0, repetition)
+    return output_penalties(logits, counts.floor(), presence, frequency)
+
+
+def sample_by_cuts(logits: Tensor, rows: RowTensors, index: Tensor, back: Tensor, floor: Tensor) -> Tensor:
+    """A token (R,) for each of the penalized logits (R, V), as the rows in `index` (R,) ask for; it is written where it stands in
+    its row, `back` (R,) before the row's position. None is drawn whose logit lies below the `floor` (R,) of a top_p alone.
+    """
+    positions, (is_greedy, temperature) = rows.positions[index].long() - back, temperatures(rows, index)
     ordered = largest_by_parts(logits, MOST_TOP_K)  # (R, 64), descending
     largest = ordered[:, :1]
     logits, ordered = (logits - largest) / temperature, (ordered - largest) / temperature
-    least = torch.maximum(floor[:, None], threshold(logits, ordered, cuts))
+    least = torch.maximum(floor[:, None], threshold(logits, ordered, rows.cuts[:, index, None]))
     token_ids = draw(logits.masked_fill(logits < least, NEVER), rows.seeds[index], positions, 1.0 - is_greedy.float())
     rows.token_ids[index, positions] = token_ids.int()
     return token_ids
@@ -119,14 +133,12 @@ def temperatures(rows: RowTensors, index: Tensor) -> tuple[Tensor, Tensor]:
     return temperature == 0, temperature.masked_fill(temperature == 0, 1)
 
 
-def weigh_all(logits: Tensor, rows: RowTensors, index: Tensor, back: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits (R, V) as `sample_by_cuts` has them before it cuts any off, and top_p of what they weigh together (R,) float64;
-    -1 for rows whose top_p is off or behind a top_k.
+def weigh_all(logits: Tensor, rows: RowTensors, index: Tensor) -> tuple[Tensor, Tensor]:
+    """Penalized logits (R, V) as `sample_by_cuts` has them before it cuts any off, and top_p of what they weigh together (R,)
+    float64; -1 for rows whose top_p is off or behind a top_k.
     """
-    cuts = rows.cuts[:, index, None]
-    logits = penalize(logits.float(), rows.token_ids[index], rows.positions[index].long() - back, cuts)
     logits = (logits - in_parts(logits).amax(dim=2).amax(dim=1, keepdim=True)) / temperatures(rows, index)[1]
-    top_k, top_p = cuts[0, :, 0], cuts[1, :, 0]
+    top_k, top_p = rows.cuts[:2, index]
     mass = top_p.double() * in_parts(weigh(logits)).sum(dim=2).sum(dim=1)
     return logits, mass.masked_fill((top_k > 0) | (top_p >= 1), -1)
 
@@ -143,19 +155,6 @@ def narrow(logits: Tensor, mass: Tensor, low: Tensor, step: Tensor) -> tuple[Ten
         above = in_parts(weights.masked_fill(logits <= bound, 0)).sum(dim=2).sum(dim=1)
         found = found + (above.double() < mass).int()
     return low + found * step, (step // 4).clamp(min=1)
-
-
-def penalize(logits: Tensor, token_ids: Tensor, positions: Tensor, cuts: Tensor) -> Tensor:
-    """`apply_penalties` for logits (R, V) behind token_ids (R, L), of which those before `positions` (R,) are known."""
-    *_, repetition, presence, frequency, prompt_lens = cuts[..., 0]  # (R,) each
-    columns = torch.arange(token_ids.shape[1], device=token_ids.device)
-    is_known = columns < positions[:, None]  # (R, L)
-    weights = torch.where(columns < prompt_lens[:, None], FAINT, 1.0) * is_known
-    # Unknown tokens add nothing, each to a number of its own: all to the same one, they would wait for each other.
-    where = torch.where(is_known, token_ids, columns % logits.shape[1]).long()
-    counts = torch.zeros_like(logits).scatter_add_(1, where, weights)
-    logits = repetition_penalty(logits, counts > 0, repetition)
-    return output_penalties(logits, counts.floor(), presence, frequency)
 
 
 def in_parts(x: Tensor) -> Tensor:
@@ -188,7 +187,7 @@ def threshold(logits: Tensor, ordered: Tensor, cuts: Tensor) -> Tensor:
     last = (top_k.long() - 1).clamp(0, ordered.shape[1] - 1)
     kth = ordered.gather(1, last).masked_fill(top_k == 0, NEVER)
     ordered = ordered.masked_fill(ordered < kth, NEVER)
-    weights, total = weigh(ordered), weigh(logits.masked_fill(logits < kth, NEVER)).sum(dim=1, keepdim=True)
+    weights, total = weigh(ordered), in_parts(weigh(logits.masked_fill(logits < kth, NEVER))).sum(dim=2).sum(dim=1, keepdim=True)
     # A token stays if those that are likelier sum to less than top_p; the likeliest stays in any case.
     is_kept = ((weights.cumsum(dim=1) - weights).double() < top_p.double() * total) | (ordered == 0)
     smallest = ordered.masked_fill(~is_kept, float("inf")).amin(dim=1, keepdim=True).masked_fill((top_p >= 1) | (top_k == 0), NEVER)

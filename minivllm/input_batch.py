@@ -203,7 +203,7 @@ class InputBatch:
         scheduled, drafts = output.num_scheduled_tokens, output.scheduled_spec_decode_tokens
         rows = np.fromiter((self.row_of[request_id] for request_id in scheduled), dtype=np.int64, count=len(scheduled))
         query_lens = np.fromiter(scheduled.values(), dtype=np.int64, count=len(scheduled))
-        num_drafts = np.array([len(drafts.get(request_id, ())) for request_id in scheduled], dtype=np.int64)
+        num_drafts = np.array([len(drafts.get(name, ())) for name in scheduled] if drafts else [0] * len(scheduled), dtype=np.int64)
         # Decodes first: attention reads their contexts in one kernel. Of them the longest first: it begins with those, and the
         # short ones fill the gaps at its end. The order does not change any result.
         order = np.lexsort((-self.num_computed[rows], query_lens > 1))

@@ -136,10 +136,10 @@ class KVCacheManager:
         """
         table = self.block_tables.get(request.request_id)
         assert not (new_computed_blocks and table), "prefix hits come first in a table"
-        num_tokens = request.num_computed_tokens + len(new_computed_blocks) * self.block_size + num_new_tokens
-        num_tokens = min(num_tokens + num_lookahead_tokens, self.max_model_len)
+        num_tokens = request.num_computed_tokens + num_new_tokens + num_lookahead_tokens
         if table and num_tokens <= len(table) * self.block_size:
             return []  # most decode steps: the newest block has room
+        num_tokens = min(num_tokens + len(new_computed_blocks) * self.block_size, self.max_model_len)
         num_must_fit = max(num_tokens, request.num_tokens) if full_sequence_must_fit else num_tokens
         if self.num_blocks_to_take(request, num_must_fit, new_computed_blocks) > self.num_free_blocks:
             return None

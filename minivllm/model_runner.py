@@ -126,7 +126,7 @@ class ModelRunner:
 
     def verify(self, inputs: StepInputs, drafts: Mapping[str, list[int]], graphs: VerifyGraphs) -> AsyncOutput:
         """The same where some have guesses to be verified."""
-        requests = [self.batch.request(row) for row in inputs.rows]
+        requests = [self.batch.request(row) for row in inputs.rows.tolist()]
         hidden, runs = graphs.verify(inputs, [drafts.get(request.request_id, ()) for request in requests])
         if not self.batch.wants["more than a temperature"] and all(request.params.logprobs is None for request in requests):
             self.batch.num_tokens[inputs.rows] += 1 + inputs.num_drafts
@@ -244,7 +244,7 @@ class ModelRunner:
                  drafts: Mapping[str, list[int]]) -> AsyncOutput:
         """Count each row's sampled token (R,), and send it on its way to the host."""
         np.add.at(self.batch.num_tokens, rows, 1)  # `+=` would count a row that comes twice once
-        requests = [self.batch.request(row) for row in rows]  # looked up now: rows may belong to others when the tokens arrive
+        requests = [self.batch.request(row) for row in rows.tolist()]  # now: rows may belong to others when the tokens arrive
         step = AsyncOutput([request.request_id for request in requests], token_ids, prompts, drafts)
         asked = {index: request.params.logprobs for index, request in enumerate(requests) if request.params.logprobs is not None}
         if asked:
@@ -258,7 +258,7 @@ class ModelRunner:
 
         A token's history is its row up to its own position, so that drafts before it count and those behind it do not.
         """
-        requests = [self.batch.request(row) for row in rows]
+        requests = [self.batch.request(row) for row in rows.tolist()]
         key = [request.admission for request in requests]  # not names: an id may come back with other parameters
         known = self.batch.num_tokens[rows] + offsets  # where the new tokens will stand
         if key != self.sampling_key:  # somebody joined, left, or moved to another row

@@ -90,6 +90,9 @@ class Request:
         self.max_num_tokens = self.num_prompt_tokens + (self.max_tokens or math.inf)  # the prompt included
         # The first is *the* EOS (stop_reason None); ending on another one reports its id, as in vLLM.
         self.eos_token_ids = tuple(eos_token_ids)
+        # All that may end it, in one place: the question comes with every token of every request.
+        ends = () if sampling_params.ignore_eos else self.eos_token_ids
+        self.end_token_ids = frozenset((*ends, *(sampling_params.stop_token_ids or ())))
         self.seed = seed  # always a number: unseeded requests get one from the engine's seed
         self.cache_salt = cache_salt
         self.status = RequestStatus.WAITING
@@ -154,12 +157,10 @@ def check_stop(request: Request, max_model_len: int) -> bool:
     below `min_tokens` only the length can end it. Stop strings are the detokenizer's business: they need text.
     """
     params, last = request.sampling_params, request.all_token_ids[-1]
-    if request.num_output_tokens >= params.min_tokens:
-        is_eos = not params.ignore_eos and last in request.eos_token_ids
-        if is_eos or last in (params.stop_token_ids or ()):
-            request.status = RequestStatus.FINISHED_STOPPED
-            request.stop_reason = None if is_eos and last == request.eos_token_ids[0] else last
-            return True
+    if last in request.end_token_ids and request.num_output_tokens >= params.min_tokens:
+        request.status = RequestStatus.FINISHED_STOPPED
+        request.stop_reason = None if not params.ignore_eos and last == request.eos_token_ids[0] else last
+        return True
     if reaches_length(request, max_model_len):
         request.status = RequestStatus.FINISHED_LENGTH_CAPPED
         return True
@@ -168,10 +169,10 @@ def check_stop(request: Request, max_model_len: int) -> bool:
 
 def reaches_length(request: Request, max_model_len: int, num_coming: int = 0) -> bool:
     """Whether the request's length ends it, or is sure to once `num_coming` more tokens are there."""
-    return len(request.all_token_ids) + num_coming >= min(max_model_len, request.max_num_tokens)
+    return (length := len(request.all_token_ids) + num_coming) >= request.max_num_tokens or length >= max_model_len
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # not frozen: a frozen one takes three times as long to make, and twenty may come with every token
 class Logprob:
     """One token's log-probability under the raw logits, and its rank among the vocabulary (1 is the most likely)."""
 

@@ -73,8 +73,8 @@ class Scheduler:
     def schedule(self) -> SchedulerOutput:
         """Plan one step: tokens for the running requests, then, if no memory had to be taken from one, for waiting ones.
 
-        With no step in flight it computes at least one token for whoever is there: the oldest running request can always
-        make itself room. One without any token is not a step: what it has to say stays for the next one.
+        With no step in flight somebody gets a token: the oldest running request can always make itself room. One without any
+        token is not a step: what it has to say stays for the next one.
         """
         num_preemptions = self.stats.num_preemptions
         budget = self._schedule_running(self.max_num_batched_tokens)
@@ -119,9 +119,8 @@ class Scheduler:
     def _split(self, num_missing_tokens: int, budget: int) -> int:
         """Return how many of a request's missing tokens this step computes; 0 means that it has to wait.
 
-        All that the budget left allows, and while there are other requests no more than `long_prefill_token_threshold`
-        (0: no such limit). Without chunked prefill it is all or nothing, whatever the threshold. Nothing waits for ever
-        then: the budget is at least max_model_len (`EngineConfig` sees to it).
+        All that the budget left allows, and while there are other requests no more than `long_prefill_token_threshold` (0: no
+        limit). Without chunked prefill it is all or nothing; nothing waits for ever then, as the budget is at least max_model_len.
         """
         if not self.config.enable_chunked_prefill:
             return num_missing_tokens if num_missing_tokens <= budget else 0
@@ -130,10 +129,8 @@ class Scheduler:
         return min(num_missing_tokens, budget)
 
     def _allocate_or_preempt(self, request: Request, num_new_tokens: int) -> list[int] | None:
-        """Return new blocks for a running request's next tokens. While the pool has too few, preempt the newest running one.
-
-        The newest may be the request itself: then it has given way, and the result is None. Requests already scheduled in
-        this step are older, so they are safe.
+        """Return new blocks for a running request's next tokens. While the pool has too few, preempt the newest running one. If
+        that is the request itself, it has given way: None. Requests already scheduled in this step are older, so they are safe.
         """
         while (new_blocks := self.kv_cache_manager.allocate_slots(request, num_new_tokens)) is None:
             victim = self.running.pop()
@@ -208,19 +205,21 @@ class Scheduler:
         self.next_output.new_requests.append(NewRequestData.from_request(request, block_ids))
 
     def _commit(self, request: Request, num_new_tokens: int, num_new_blocks: int) -> None:
-        """Count the tokens as computed, and publish the blocks that they fill.
-
-        Already now, because who is admitted later in this very step may hit them. That is sound as long as the model writes
-        the whole batch's K and V, layer by layer, before it reads, and as long as `rollback` follows a step that failed.
+        """Count the tokens as computed, and publish the blocks that they fill: who is admitted later in this step may hit them.
+        That is sound as long as the model writes the whole batch's K and V, layer by layer, before it reads, and as long as
+        `rollback` follows a step that failed. Every token of every request comes by, so nothing is done that most need not.
         """
         self.stats.count_tokens(request, num_new_tokens, num_new_blocks)
         self.next_output.num_scheduled_tokens[request.request_id] = num_new_tokens
         end = request.num_computed_tokens = request.num_computed_tokens + num_new_tokens
-        request.max_num_computed_tokens = max(request.max_num_computed_tokens, end)
-        if end == request.num_tokens_with_spec + request.num_output_placeholders:
-            request.num_output_placeholders += 1 + len(request.spec_token_ids)
-        # min: a position may be computed before its token is known here, or accepted; without it the block has no name until later
-        self.next_output.cached_block_ids += self.kv_cache_manager.cache_blocks(request, min(end, request.num_tokens))
+        if end > request.max_num_computed_tokens:
+            request.max_num_computed_tokens = end
+        num_known, num_drafts = len(request.all_token_ids), len(request.spec_token_ids)
+        if end == num_known + num_drafts + request.num_output_placeholders:
+            request.num_output_placeholders += 1 + num_drafts
+        # A position may be computed before its token is known here, or accepted; without it the block has no name until later.
+        if named := self.kv_cache_manager.cache_blocks(request, end if end < num_known else num_known):
+            self.next_output.cached_block_ids += named
 
     def update_from_output(self, scheduler_output: SchedulerOutput, model_output: ModelOutput) -> list[Request]:
         """Append what a step sampled, end the requests that are done, and return those that got tokens, in the step's order.

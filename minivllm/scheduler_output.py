@@ -166,7 +166,7 @@ class SchedulerStats:
 
     def count_tokens(self, request: Request, num_new_tokens: int, num_new_blocks: int) -> None:
         """A request's share of a step, before its progress moves on."""
-        num_lost = request.max_num_computed_tokens - request.num_computed_tokens  # of these, the first ones come again
         self.num_scheduled_tokens += num_new_tokens
-        self.num_recomputed_tokens += min(num_new_tokens, max(0, num_lost))
         self.num_blocks_allocated += num_new_blocks
+        num_lost = request.max_num_computed_tokens - request.num_computed_tokens  # of these, the first ones come again
+        self.num_recomputed_tokens += min(num_new_tokens, num_lost) if num_lost > 0 else 0

@@ -7,13 +7,13 @@ Owns the order of a start and the report that says what was decided and why. The
 
 How much memory the blocks may take: memory.py, and profile_run.py for a GPU.
 
-    tokenizer | weights | profile run | KV pool | compiling | capturing
-    cheap, and most       what a step    the rest   what a GPU alone
-    mistakes show here    needs itself   of memory  needs (lesson 14)
+    tokenizer | weights | profile run | importing | KV pool | compiling | capturing
+    cheap, and most       what a step   the com-    the rest  what a GPU alone
+    mistakes show here    needs itself  piler       of memory needs (lesson 14)
 
 The order is not free. What can be wrong in a setting is found before gigabytes are read; the profile run needs the weights in
-place, the pool what the profile run leaves, and a graph the addresses of the pool. vLLM: v1/worker/gpu_worker.py, driven by
-v1/engine/core.py from another process.
+place, the pool what the profile run leaves and a compiler to tell its shape to, which has to know our cache before, and a graph
+the addresses of the pool. vLLM: v1/worker/gpu_worker.py, driven by v1/engine/core.py from another process.
 """
 
 from __future__ import annotations
@@ -101,12 +101,12 @@ def _start(config: EngineConfig, began: dict[str, float]) -> Started:
             "weights": f"{num_bytes:,} bytes, {pack_linears(model, device, config.max_num_seqs)}"}
     began["profile run"] = time.perf_counter()
     config, memory = decide_sizes(config, model_config, dtype, device, model, draft)
+    began["importing"] = time.perf_counter()
+    cache = CompileCache() if device.type == "cuda" and config.attention_backend == "flex_attention" else None
     began["KV pool"] = time.perf_counter()
     runner = ModelRunner(model, config, device, tokenizer, num_drafts(config))
     proposer = make_proposer(config, draft, device, tokenizer)
     began["compiling"] = time.perf_counter()
-    # Kernels that an earlier start has compiled are taken from disk: it must be open before the first one is asked for.
-    cache = CompileCache() if device.type == "cuda" and config.attention_backend == "flex_attention" else None
     capture_seconds = runner.warm_up() + (proposer.warm_up() if isinstance(proposer, DraftModelProposer) else 0.0)
     # Compiling and capturing take turns, bucket by bucket: what capturing took in all is reported as if it had come last.
     began["capturing"] = time.perf_counter() - capture_seconds
@@ -296,4 +296,5 @@ def describe_seconds(began: dict[str, float], now: float) -> str:
 
 
 def _on(flag: bool) -> str:
+    """A switch, as the report has it."""
     return "on" if flag else "off"

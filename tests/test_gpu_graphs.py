@@ -230,7 +230,7 @@ class TestOnTheDevice:
                  SamplingParams(temperature=0, repetition_penalty=1.3, max_tokens=9, ignore_eos=True),
                  SamplingParams(temperature=1.4, top_k=64, frequency_penalty=0.6, seed=3, max_tokens=14, ignore_eos=True)]
         nucleus = SamplingParams(temperature=1.2, top_p=0.8, presence_penalty=0.3, seed=4, max_tokens=13, ignore_eos=True)
-        masked = SamplingParams(temperature=1, seed=5, min_tokens=7, stop_token_ids=list(range(0, 200, 2)), max_tokens=12)
+        masked = SamplingParams(temperature=1, seed=5, min_tokens=7, stop_token_ids=list(range(0, 97, 2)), max_tokens=12)
         runs = []
         samplers = graphed().engine.runner.sampler_graphs
         own = samplers.run

@@ -132,7 +132,7 @@ def test_the_threshold_of_a_nucleus_is_found_without_putting_logits_in_order(see
         logits[:, 1:] = logits[:, 1:].masked_fill(torch.rand(3, vocab_size - 1, generator=generator) < 0.5, NEVER)
     rows = rows_of([SamplingParams(top_p=p), SamplingParams(top_p=p, top_k=2), SamplingParams()], [[0]] * 3, [1] * 3, [0] * 3)
     graphs, index = SamplerGraphs(SimpleNamespace(rows=rows, use_compile=False)), torch.arange(3)
-    floor = graphs.find_floor(logits, rows, index, torch.zeros_like(index))
+    floor = graphs.find_floor(logits, rows, index)
     shifted = logits - logits.amax(dim=1, keepdim=True)
     kept = top_p(shifted, torch.full((3,), p))[0]
     assert floor[0] == kept[kept > NEVER].min(), f"{kept[kept > NEVER].numel()} of {vocab_size} tokens are kept"
@@ -155,8 +155,9 @@ def test_a_long_prompt_of_one_token_is_no_output():
     history = torch.full((1, length), 5, dtype=torch.int32)
     logits = torch.ones(1, 8)
     for prompt_len, expected in ((length, 0.5), (length - 1, 0.5 - 1.5 - 2.0)):
-        rows = rows_of([asked], [[5]], [prompt_len], [0])
-        found = penalize(logits, history, torch.tensor([length]), rows.cuts[:, :1, None])
+        rows, index = rows_of([asked], [[5]], [prompt_len], [0]), torch.zeros(1, dtype=torch.int64)
+        rows.token_ids, rows.positions = history, torch.tensor([length])
+        found = penalize(logits, rows, index, index)
         assert found[0].tolist() == [1, 1, 1, 1, 1, expected, 1, 1]
         whole = SamplingMetadata.from_requests([RowParams(asked, 0, length, prompt_len, [5] * length)], 8)
         assert torch.equal(found, apply_penalties(logits, whole))

@@ -7,6 +7,8 @@ import gc
 import logging
 import os
 import re
+import subprocess
+import sys
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +21,7 @@ from test_engine import greedy, model_and_folder
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from minivllm import LLM, profile_run, prompt_graphs, startup
-from minivllm.compile_cache import VARIABLE, CompileCache, writable_folder
+from minivllm.compile_cache import NUM_WORKERS, VARIABLE, WORKERS, CompileCache, writable_folder
 from minivllm.config import EngineConfig, ModelConfig
 from minivllm.cuda_graphs import bucket_sizes
 from minivllm.exceptions import NotEnoughMemoryError, ValidationError
@@ -296,7 +298,7 @@ def test_the_server_tells_in_one_line(monkeypatch, capsys):
 @pytest.fixture
 def no_cache_variables(monkeypatch):
     """An environment that names no cache, restored afterwards."""
-    for name in (VARIABLE, "TRITON_CACHE_DIR", "MINIVLLM_CACHE_ROOT", "XDG_CACHE_HOME"):
+    for name in (VARIABLE, WORKERS, "TRITON_CACHE_DIR", "MINIVLLM_CACHE_ROOT", "XDG_CACHE_HOME"):
         monkeypatch.setenv(name, "")  # remembered by monkeypatch, also where it was not set
         monkeypatch.delenv(name)
 
@@ -335,6 +337,18 @@ def test_a_folder_that_cannot_be_written_is_no_reason_to_stop(no_cache_variables
         cache = CompileCache()
     assert str(cache.folder) == default_cache_dir()
     assert "MINIVLLM_CACHE_ROOT" in caplog.text
+
+
+def test_few_workers_compile_unless_somebody_asked_for_others(no_cache_variables, monkeypatch, tmp_path):
+    """torch has read their number by the time the cache is open: nothing may import the compiler before."""
+    code = ("from minivllm import LLM, startup; startup.CompileCache()\n"
+            "from torch._inductor import config; print(config.compile_threads)")
+    monkeypatch.setenv("MINIVLLM_CACHE_ROOT", str(tmp_path))
+    for asked, expected in ((None, NUM_WORKERS), ("2", "2")):
+        if asked:
+            monkeypatch.setenv(WORKERS, asked)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+        assert done.stdout.strip() == expected, done.stderr
 
 
 def test_eager_on_a_gpu_reads_readably_and_compiles_nothing(monkeypatch):

@@ -157,7 +157,8 @@ WRONG: dict[str, tuple[tuple[str, str], ...]] = {
         ("        self.pool.touch(new_computed_blocks)  # before anything is taken, or a hit could be handed out as a new block\n", ""),
         ("        num_missing = max(0, -(-num_tokens // self.block_size) - num_owned)",
          "        num_missing = max(0, num_tokens // self.block_size + 1 - num_owned)"),  # T18
-        ("        num_tokens = min(num_tokens + num_lookahead_tokens, self.max_model_len)", "        num_tokens += num_lookahead_tokens"),
+        ("num_tokens = min(num_tokens + len(new_computed_blocks) * self.block_size, self.max_model_len)",
+         "num_tokens += len(new_computed_blocks) * self.block_size"),
         ("get_new_blocks(-(-num_tokens // self.block_size) - len(table))", "get_new_blocks(-(-num_must_fit // self.block_size) - len(table))"),
         ("        self.pool.touch(new_computed_blocks)  # before anything is taken, or a hit could be handed out as a new block\n"
          "        table = self.block_tables.setdefault(request.request_id, list(new_computed_blocks))\n"
