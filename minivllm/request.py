@@ -159,7 +159,7 @@ def check_stop(request: Request, max_model_len: int) -> bool:
     params, last = request.sampling_params, request.all_token_ids[-1]
     if last in request.end_token_ids and request.num_output_tokens >= params.min_tokens:
         request.status = RequestStatus.FINISHED_STOPPED
-        request.stop_reason = None if not params.ignore_eos and last == request.eos_token_ids[0] else last
+        request.stop_reason = None if not params.ignore_eos and last in request.eos_token_ids[:1] else last
         return True
     if reaches_length(request, max_model_len):
         request.status = RequestStatus.FINISHED_LENGTH_CAPPED
