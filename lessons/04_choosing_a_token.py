@@ -99,7 +99,7 @@ show(sampler.draw)
 
 # %%
 seeds, position = torch.arange(2000), torch.full((2000,), 7)
-drawn = sampler.draw(logits.expand(2000, -1), seeds, position).bincount(minlength=4096) / 2000
+drawn = sampler.draw(logits.expand(2000, -1), sampler.seed_keys(seeds), position).bincount(minlength=4096) / 2000
 furthest = (drawn - logits[0].softmax(-1)).abs().max()
 print(
     f"2,000 seeds: no token is drawn more than {100 * float(furthest):.1f} percent points more or less often than it should"

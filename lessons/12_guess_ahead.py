@@ -25,7 +25,7 @@ from minivllm.coursework import (
 )
 from minivllm.draft_model import DraftModelProposer
 from minivllm.rejection_sampling import rejection_sample
-from minivllm.sampler import draw
+from minivllm.sampler import draw, seed_keys
 from minivllm.speculative import accepted_run
 from minivllm.viz import show
 
@@ -235,9 +235,9 @@ for name, run, work in (
 table = []
 for name, (target, draft) in rates.items():
     p, q, positions = target.softmax(-1), draft.softmax(-1), torch.arange(len(target))
-    seeds = [torch.full((len(target),), seed) for seed in range(8)]
+    keys = [seed_keys(torch.full((len(target),), seed)) for seed in range(8)]
     same = [
-        draw(target.float(), seed, positions) == draw(draft.float(), seed, positions) for seed in seeds
+        draw(target.float(), one, positions) == draw(draft.float(), one, positions) for one in keys
     ]
     for way, rate in (
         ("drawn apart", (p * q).sum(-1).mean()),

@@ -25,9 +25,9 @@ from torch import Tensor
 from minivllm import one_token
 from minivllm.attention import PagedAttention
 from minivllm.model import DecoderLayer, Qwen2ForCausalLM, Qwen2Model
-from minivllm.split_linear import split_linears
+from minivllm.split_linear import MOST_TOKENS, split_linears
 
-# torch.compile gives a function up after 8 shapes unless told otherwise. 1,024 requests have 29 buckets, and three kinds of steps
+# torch.compile gives a function up after 8 shapes unless told otherwise. 1,024 requests have 28 buckets, and three kinds of steps
 # one attention kernel for each: decodes, verifications, and decodes of a draft model.
 COMPILED_SHAPES = 128
 
@@ -146,5 +146,9 @@ class CompiledModel:
         seen = kv_caches[-1].attend(q, metadata)
         if wanted is not None:
             x, seen = x[wanted], seen[wanted]
-        # Nobody may be wanted: all are in the middle of their prompts.
-        return self.closing(len(x), self.model, x, seen, second_half(len(x))) if len(x) else x
+        if not len(x):  # all are in the middle of their prompts
+            return x
+        # No more at a time than a decode step has, so that nothing is compiled for more: seldom are so many wanted.
+        parts = [self.closing(len(part), self.model, part, looked, second_half(len(part)))
+                 for part, looked in zip(x.split(MOST_TOKENS), seen.split(MOST_TOKENS))]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -265,6 +265,6 @@ EXERCISES = (
         of("test_cuda_graphs", "t32_every_batch_size_has_a_bucket_and_no_bucket_is_too_large",
            "a_batch_goes_into_the_smallest_bucket_that_holds_it", "padding_stays_small"),
         ("The last bucket is max_num_seqs itself, whatever it is: a larger one would have rows that nobody has.",
-         "Four ranges, all cut off below max_num_seqs: 1, 2, 4, 8, 16; 32, 64, 96; 128, 144, ... below 256; 256, 320, ...",
+         "Four ranges, all cut off below max_num_seqs: 1, 4, 8, 16; 32, 64, 96; 128, 144, ... below 256; 256, 320, ...",
          "For a batch: the first bucket that is not smaller than it.")),
 )

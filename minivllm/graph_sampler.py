@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from minivllm.compiled_model import OneAndMany
-from minivllm.cuda_graphs import DecodeGraphs, bucket_of, bucket_sizes, record
+from minivllm.cuda_graphs import DecodeGraphs, at_least_two, bucket_of, bucket_sizes, record
 from minivllm.input_batch import MOST_TOP_K, RowTensors
 from minivllm.sampler import NEVER, PART, draw, output_penalties, repetition_penalty
 
@@ -65,9 +65,7 @@ class SamplerGraphs:
         """A token (R,) for each of the logits (R, V) of the rows in `index` (R,), for a step of any kind. Behind guesses a row
         comes several times: then each token stands `back` (R,) int64 before the step's last. `by_mass`: some have a top_p alone.
         """
-        count = len(index)
-        if count == 1:  # torch.compile would make something of its own of one row: so it comes twice
-            logits, index, back = logits.repeat(2, 1), index.repeat(2), back.repeat(2)
+        count, (logits, index, back) = len(index), at_least_two(logits, index, back)
         rows = self.decodes.rows
         logits = self.penalize(len(index), logits, rows, index, back)
         floor = self.find_floor(logits, rows, index) if by_mass else torch.full(index.shape, NEVER, device=logits.device)
@@ -122,7 +120,7 @@ def sample_by_cuts(logits: Tensor, rows: RowTensors, index: Tensor, back: Tensor
     largest = ordered[:, :1]
     logits, ordered = (logits - largest) / temperature, (ordered - largest) / temperature
     least = torch.maximum(floor[:, None], threshold(logits, ordered, rows.cuts[:, index, None]))
-    token_ids = draw(logits.masked_fill(logits < least, NEVER), rows.seeds[index], positions, 1.0 - is_greedy.float())
+    token_ids = draw(logits.masked_fill(logits < least, NEVER), rows.seed_keys[index], positions, 1.0 - is_greedy.float())
     rows.token_ids[index, positions] = token_ids.int()
     return token_ids
 

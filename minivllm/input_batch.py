@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from minivllm.attention import NULL_BLOCK
+from minivllm.sampler import seed_keys
 from minivllm.sampling_metadata import NO_PENALTIES
 from minivllm.sampling_params import SamplingParams
 from minivllm.scheduler_output import NewRequestData, SchedulerOutput
@@ -52,7 +53,7 @@ class RowTensors:
         self.block_table = torch.full((num_rows + 1, max_blocks), NULL_BLOCK, **integers)  # type: ignore[call-overload]
         self.positions = torch.zeros(num_rows + 1, **integers)  # type: ignore[call-overload] # the next one to compute
         self.temperature = torch.zeros(num_rows + 1, device=device)
-        self.seeds = torch.zeros(num_rows + 1, dtype=torch.int64, device=device)
+        self.seed_keys = torch.zeros(num_rows + 1, 2, **integers)  # type: ignore[call-overload]
         # top_k (0 = off), top_p, min_p; repetition, presence and frequency penalty, and how many tokens are the prompt's
         neutral = torch.tensor([*NO_CUTS, *NO_PENALTIES, 0.0], device=device)
         self.cuts = neutral[:, None].repeat(1, num_rows + 1)  # (7, num_rows + 1)
@@ -71,13 +72,14 @@ class RowTensors:
         self.block_index[where[2]] = where[1].int()
 
     def start_rows(self, rows: Sequence[int], new: Sequence[NewRequestData]) -> None:
-        """What a row starts with beside tokens and blocks."""
-        where = upload(np.array([list(rows), [one.num_computed_tokens for one in new], [one.seed for one in new]]), self.device)
-        self.positions[where[0]] = where[1].int()
-        self.seeds[where[0]] = where[2]
-        temperatures = np.array([one.sampling_params.temperature for one in new], dtype=np.float32)
-        self.temperature[where[0]] = upload(temperatures, self.device)
-        self.cuts[:, where[0]] = upload(np.array([row_cuts(one) for one in new], dtype=np.float32), self.device).T
+        """What a row starts with beside tokens and blocks: one upload, with numbers as the bits of 64."""
+        keys = seed_keys(torch.tensor([one.seed for one in new])).T  # (2, n)
+        integers = np.stack((np.array(rows), [one.num_computed_tokens for one in new], *keys.numpy()))
+        numbers = np.array([[one.sampling_params.temperature, *row_cuts(one)] for one in new]).T  # (8, n) float64
+        where = upload(np.concatenate((integers, numbers.view(np.int64))), self.device)
+        row, cuts = where[0], where[4:].view(torch.float64).float()
+        self.positions[row], self.seed_keys[row] = where[1].int(), where[2:4].int().T
+        self.temperature[row], self.cuts[:, row] = cuts[0], cuts[1:]
 
 
 def row_cuts(new: NewRequestData) -> list[float]:

@@ -160,7 +160,7 @@ class ModelRunner:
             hits = [new.num_computed_tokens // self.block_size for new in output.new_requests] + [0] * len(output.new_block_ids)
             new_blocks = np.array([block for table, num_hits in zip(tables, hits) for block in table[num_hits:]], dtype=np.int64)
             if len(new_blocks):
-                self.zero_blocks(self.blocks, upload(new_blocks, self.device))
+                self.zero_blocks(self.blocks, upload(np.resize(new_blocks, max(2, len(new_blocks))), self.device))  # one: twice
 
     def write_drafts(self, drafts: Mapping[str, list[int]]) -> None:
         """Put guesses into their rows, behind the known tokens: they stand there like tokens, until `rewind`."""

@@ -22,7 +22,7 @@ from torch import Tensor
 from minivllm.sampling_metadata import ANY_TOKEN, BadWords, EarlyStops, SamplingMetadata, TokenBias
 
 MASK_31 = 0x7FFFFFFF
-STREAMS = (0x9E3779B9 - 2**32, 0x7F4A7C15)  # as int32
+STREAMS = (0x9E3779B9 - 2**32, 0x7F4A7C15)  # two from one seed, as int32
 NEVER = float("-inf")  # the logit of a token that can't be chosen
 # Rows are taken as many at a time as stay in a CPU's cache: 64 rows of 151,936 then take less than half the time. On a GPU 441 of
 # these, so that putting them in order does not take the KV cache's memory: guesses make it k + 1 rows a request.
@@ -54,17 +54,17 @@ def choose(logits: Tensor, metadata: SamplingMetadata) -> Tensor:
         return greedy
     few = candidates(logits, metadata) if metadata.has_top_k and logits.device.type == "cpu" else None
     drawn = draw_from_few(*few, metadata, logits.shape[-1]) if few is not None else (
-        draw(warp(logits, metadata), metadata.seeds, metadata.positions))
+        draw(warp(logits, metadata), seed_keys(metadata.seeds), metadata.positions))
     return torch.where(metadata.temperature == 0, greedy, drawn)
 
 
-def sample_plain(logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
+def sample_plain(logits: Tensor, temperature: Tensor, keys: Tensor, positions: Tensor) -> Tensor:
     """`sample` for rows (R,) that ask for a temperature, not a tiny one: the same tokens, in a form that compiles to fast kernels.
 
     No shift by the largest logit: temperatures are not tiny here, and finding it would mean to read all logits twice.
     """
     is_greedy = (temperature == 0)[:, None]
-    return draw(logits.float() * (1 / temperature[:, None].masked_fill(is_greedy, 1)), seeds, positions, 1.0 - is_greedy.float())
+    return draw(logits.float() * (1 / temperature[:, None].masked_fill(is_greedy, 1)), keys, positions, 1.0 - is_greedy.float())
 
 
 # What may come
@@ -216,13 +216,12 @@ def token_weights(logits: Tensor) -> Tensor:
 # The draw
 
 
-def draw(logits: Tensor, seeds: Tensor, positions: Tensor, luck: Tensor | float = 1.0) -> Tensor:
-    """One token (R,) for each row, token i with the probability softmax(logits)[i].
-
-    First a part of the vocabulary, as likely as its tokens together, then one of these: chance has to be made up for each part
-    and for the tokens of one, not for 150,000. Where luck (R, 1) is 0 and not 1, it is the largest logit.
+def draw(logits: Tensor, keys: Tensor, positions: Tensor, luck: Tensor | float = 1.0) -> Tensor:
+    """One token (R,) for each row, token i with the probability softmax(logits)[i]. keys (R, 2) are `seed_keys`. First a part of
+    the vocabulary, as likely as its tokens together, then one of these: chance has to be made up for each part and for the tokens
+    of one, not for 150,000. Where luck (R, 1) is 0 and not 1, it is the largest logit.
     """
-    keys, vocab_size = row_keys(seeds, positions), logits.shape[-1]
+    keys, vocab_size = at_position(keys, positions), logits.shape[-1]
     parts = logits.unflatten(-1, (-1, math.gcd(vocab_size, PART)))  # (R, P, size)
     num_parts, size = parts.shape[1:]
     total = (token_weights(parts).sum(dim=-1).clamp(min=1) * 2.0**-40).log()  # (R, P), beside the part's largest logit
@@ -250,7 +249,7 @@ def draw_from_few(logits: Tensor, ids: Tensor, metadata: SamplingMetadata, vocab
 
     Of 33 candidates and not of 151,936 logits, a row takes 1.6 ms on a CPU and not 6.
     """
-    logits, keys = warp(logits, metadata), row_keys(metadata.seeds, metadata.positions)
+    logits, keys = warp(logits, metadata), at_position(seed_keys(metadata.seeds), metadata.positions)
     size = math.gcd(vocab_size, PART)
     part = ids // size  # (R, n)
     is_beside = part[:, :, None] == part[:, None, :]  # (R, n, n)
@@ -281,18 +280,20 @@ def noise_of(keys: Tensor, ids: Tensor) -> Tensor:
     return torch.where(share < 2.0**-10, share + 0.5 * share * share, -torch.log(1 - share))
 
 
-def row_keys(seeds: Tensor, positions: Tensor) -> Tensor:
-    """(R, 2): two 32-bit numbers for each row that change with every bit of its 64-bit seed and of its position."""
-    low, high = seeds.int(), (seeds >> 32).int()
-    keys = torch.stack([low ^ STREAMS[0], low ^ STREAMS[1]], dim=-1)  # two streams from one seed
-    return hash32(hash32(hash32(keys) ^ high[:, None]) ^ positions.int()[:, None])
+def seed_keys(seeds: Tensor) -> Tensor:
+    """(R, 2) int32: two numbers for each row that change with every bit of its 64-bit seed."""
+    keys = torch.stack([seeds.int() ^ stream for stream in STREAMS], dim=-1)
+    return hash32(hash32(keys) ^ (seeds >> 32).int()[:, None])
+
+
+def at_position(keys: Tensor, positions: Tensor) -> Tensor:
+    """(R, 2) int32: `seed_keys` as they are at these positions (R,), other numbers at each."""
+    return hash32(keys ^ positions.int()[:, None])
 
 
 def hash32(x: Tensor) -> Tensor:
-    """Scramble 32-bit numbers: each bit in flips half of the bits out. int32, whose products wrap around.
-
-    The rounds are those of Wellons' hash-prospector; integers, so the bits are the same on every device. The masks make each
-    shift an unsigned one.
+    """Scramble 32-bit numbers: each bit in flips half of the bits out. int32, whose products wrap around; the masks make each
+    shift an unsigned one. The rounds are those of Wellons' hash-prospector; integers are the same on every device.
     """
     x = (x ^ (x >> 16) & 0xFFFF) * 0x21F0AAAD
     x = (x ^ (x >> 15) & 0x1FFFF) * 0x735A2D97

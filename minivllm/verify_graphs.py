@@ -66,7 +66,7 @@ def accept_into_rows(logits: Tensor, rows: RowTensors, step: Tensor) -> Tensor:
     index, place = step[:, 0].long(), places(step)
     owner = index[:, None].expand(place.shape)
     following = rows.positions[index].long()[:, None] + 1 + place  # (B, k + 1) where the sampled tokens will stand
-    sampled = sample_plain(logits, rows.temperature[owner.flatten()], rows.seeds[owner.flatten()], following.flatten())
+    sampled = sample_plain(logits, rows.temperature[owner.flatten()], rows.seed_keys[owner.flatten()], following.flatten())
     sampled = sampled.view(place.shape).gather(1, place.long()).int()
     rows.token_ids[owner, following] = sampled
     guess = torch.arange(step.shape[1] - 2, dtype=torch.int32, device=step.device)

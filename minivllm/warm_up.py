@@ -56,8 +56,7 @@ def warm_up(runner: ModelRunner) -> float:
             for wanted in all_one_and_two(runner.device):
                 rows, seq_lens = runner.upload(inputs.rows, inputs.seq_lens)
                 runner.forward_ungraphed(inputs, rows, seq_lens, wanted)
-        for num_blocks in (1, 2):
-            runner.zero_blocks(runner.blocks, upload(np.full(num_blocks, NULL_BLOCK), runner.device))
+        runner.zero_blocks(runner.blocks, upload(np.full(2, NULL_BLOCK), runner.device))
         return seconds + prompts.capture()
 
 

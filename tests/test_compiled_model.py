@@ -102,6 +102,21 @@ def test_the_regions_put_together_are_the_model(num_tokens):
     assert error < 1e-5, f"hidden states of {num_tokens} tokens differ by {error:.1e}"
 
 
+@pytest.mark.parametrize("num_tokens", [MOST_TOKENS, MOST_TOKENS + 1, 2 * MOST_TOKENS + 3])
+def test_many_tokens_leave_the_model_no_more_at_a_time_than_a_decode_step_has(num_tokens, monkeypatch):
+    """All tokens of a long step get their hidden states, and nothing has to be compiled for so many."""
+    model, sizes = make_model(layers=2), []
+    ids, positions, metadata = torch.arange(num_tokens) % 50, torch.arange(num_tokens), SimpleNamespace(slot_mapping=None)
+    expected = model(ids, positions, [NoCache() for _ in range(2)], metadata)
+    compiled = CompiledModel(model)
+    closing = compiled.closing
+    monkeypatch.setattr(compiled, "closing", lambda count, *args: (sizes.append(count), closing(count, *args))[1])
+    with torch.compiler.set_stance("force_eager"):
+        found = compiled(ids, positions, [NoCache() for _ in range(2)], metadata)
+    assert found.shape == expected.shape and relative_error(found, expected) < 1e-5
+    assert sum(sizes) == num_tokens and max(sizes) <= MOST_TOKENS
+
+
 @pytest.mark.parametrize("wanted", [[], [8], [0, 8], [4, 4, 1]])
 def test_only_the_wanted_tokens_leave_the_model(wanted):
     """The hidden states that were asked for are those of the same tokens when all are, in the plain model and in the regions."""

@@ -82,9 +82,9 @@ def test_the_report_s_sum_adds_up_as_printed():
 
 def test_results_of_graphs_are_counted_as_documented():
     """Qwen2.5-0.5B with 256 requests: the docstring's 606 MB."""
-    assert sum(bucket_sizes(256)) == 1951
+    assert sum(bucket_sizes(256)) == 1949
     buckets = list(prompt_graphs.TOKEN_BUCKETS)
-    assert graph_output_bytes(256, buckets, 151_936, 896, 2) == (1951 * 151_936 + 7520 * 896) * 2 == 606_330_112
+    assert graph_output_bytes(256, buckets, 151_936, 896, 2) == (1949 * 151_936 + 7520 * 896) * 2 == 605_722_368
 
 
 class MadeUpDevice:
@@ -123,7 +123,7 @@ def test_graphs_are_reserved_for_only_where_they_are_captured(monkeypatch):
     device = MadeUpDevice(monkeypatch, 0)
     memory = measure_memory(model, EngineConfig(max_num_seqs=3), "flex_attention", 64, 100, CPU)
     shape = model.config
-    results = ((1 + 2 + 3) * shape.vocab_size + (32 + 64 + 96 + 100) * shape.hidden_size) * 4
+    results = ((1 + 3) * shape.vocab_size + (32 + 64 + 96 + 100) * shape.hidden_size) * 4
     assert memory.graphs == results + profile_run.SAMPLER_COPIES * 3 * shape.vocab_size * 4 + 3_000 + 100_000
     assert [call for call in device.calls if call.startswith("step")] == ["step 100 3", "step 3 0", "step 100 0"]
     eager = EngineConfig(max_num_seqs=3, enforce_eager=True)
@@ -137,9 +137,9 @@ def test_guesses_and_a_draft_model_have_their_share_of_the_sum(monkeypatch):
     memory = measure_memory(model, EngineConfig(max_num_seqs=3), "flex_attention", 64, 100, CPU, model, 4)
     shape, weights = model.config, sum(weight.numel() * 4 for weight in model.parameters())
     assert memory.weights == 2 * weights and memory.activations == 100_000 + 2 * 4 * 4 * 64
-    of_each = ((1 + 2 + 3) * shape.vocab_size + (32 + 64 + 96 + 100) * shape.hidden_size) * 4 + 3_000 + 100_000
+    of_each = ((1 + 3) * shape.vocab_size + (32 + 64 + 96 + 100) * shape.hidden_size) * 4 + 3_000 + 100_000
     of_each += profile_run.SAMPLER_COPIES * 3 * shape.vocab_size * 4
-    of_guesses = ((1 + 2 + 3) * 5 * shape.hidden_size + 15 * shape.vocab_size) * 4 + 15_000
+    of_guesses = ((1 + 3) * 5 * shape.hidden_size + 15 * shape.vocab_size) * 4 + 15_000
     assert memory.graphs == 2 * of_each + of_guesses, f"{memory.graphs:,} bytes, not {2 * of_each + of_guesses:,}"
     steps = [call for call in device.calls if call.startswith("step")]
     assert steps == ["step 100 15", "step 100 3", "step 3 0", "step 100 0", "step 15 0", "step 3 0", "step 100 0"]

@@ -16,7 +16,7 @@ from transformers import generation as hf
 from minivllm import sampler
 from minivllm.input_batch import wishes_of
 from minivllm.logprobs import compute_logprobs, prompt_logprobs, to_dicts
-from minivllm.sampler import NEVER, mask_and_bias, noise_of, row_keys, sample, warp
+from minivllm.sampler import NEVER, at_position, mask_and_bias, noise_of, sample, seed_keys, warp
 from minivllm.sampling_metadata import RowParams, SamplingMetadata, encode_bad_words
 from minivllm.sampling_params import SamplingParams
 
@@ -331,13 +331,13 @@ def test_parts_are_as_likely_as_their_tokens(vocab_size, part):
     logits = random_logits(3, 1, vocab_size, scale=1.0)
     logits[:, :part], logits[:, part : 2 * part] = NEVER, logits[:, part : 2 * part] - 6
     num_draws = 40_000
-    tokens = sampler.draw(logits.expand(num_draws, -1), torch.full((num_draws,), 5), torch.arange(num_draws))
+    tokens = sampler.draw(logits.expand(num_draws, -1), seed_keys(torch.full((num_draws,), 5)), torch.arange(num_draws))
     z = chi_square_z(torch.bincount(tokens, minlength=vocab_size), logits.softmax(-1)[0])
     assert z < 5, f"draws from {vocab_size} tokens are {z:.1f} standard deviations from the distribution"
 
 
 def exponential_noise(seeds, positions, num_ids):
-    return noise_of(row_keys(seeds, positions), torch.arange(num_ids, dtype=torch.int32))
+    return noise_of(at_position(seed_keys(seeds), positions), torch.arange(num_ids, dtype=torch.int32))
 
 
 def check_pairs(name, first, second):
@@ -402,7 +402,7 @@ def test_the_plain_sampler_chooses_what_the_whole_one_chooses(seed, num_rows, vo
             for _ in range(num_rows)]
     metadata = SamplingMetadata.from_requests(rows, vocab_size)
     assert not any(wishes_of(row.params) for row in rows)
-    plain = sampler.sample_plain(logits, metadata.temperature, metadata.seeds, metadata.positions)
+    plain = sampler.sample_plain(logits, metadata.temperature, sampler.seed_keys(metadata.seeds), metadata.positions)
     assert plain.tolist() == sample(logits, metadata).tolist()
 
 
@@ -591,12 +591,12 @@ def penalty_divides_always(logits, seen, penalty):
     return torch.where(seen, logits / penalty[:, None], logits)
 
 
-def keys_without_position(seeds, positions):
-    return TRUE["row_keys"](seeds, torch.zeros_like(positions))
+def keys_without_position(keys, positions):
+    return TRUE["at_position"](keys, torch.zeros_like(positions))
 
 
-def keys_by_row(seeds, positions):
-    return TRUE["row_keys"](seeds + torch.arange(len(seeds)), positions)
+def keys_by_row(seeds):
+    return TRUE["seed_keys"](seeds + torch.arange(len(seeds)))
 
 
 def uniform_noise(keys, ids):
@@ -615,10 +615,11 @@ def temperature_multiplies(logits, temperature):
     return logits * temperature[:, None]
 
 
-TRUE = {name: getattr(sampler, name) for name in ("top_k", "repetition_penalty", "row_keys", "noise_of", "token_weights", "race")}
+TRUE = {name: getattr(sampler, name) for name in ("top_k", "repetition_penalty", "seed_keys", "at_position", "noise_of",
+                                                  "token_weights", "race")}
 PLANTED = [
     ("top_p", top_p_without_the_crossing_token), ("top_k", top_k_one_too_many), ("repetition_penalty", penalty_twice),
-    ("repetition_penalty", penalty_divides_always), ("row_keys", keys_without_position), ("row_keys", keys_by_row),
+    ("repetition_penalty", penalty_divides_always), ("at_position", keys_without_position), ("seed_keys", keys_by_row),
     ("noise_of", uniform_noise), ("token_weights", parts_of_equal_weight), ("race", luck_of_parts_alone),
     ("apply_temperature", temperature_multiplies),
 ]

@@ -37,7 +37,7 @@ from minivllm.exceptions import CheckpointError, UnsupportedError, ValidationErr
 from minivllm.logprobs import compute_logprobs
 from minivllm.rejection_sampling import rejection_sample
 from minivllm.request import Request
-from minivllm.sampler import draw
+from minivllm.sampler import draw, seed_keys
 from minivllm.scheduler_output import SchedulerStats
 from minivllm.speculative import DraftRoom, accepted_run, look_up
 from minivllm.speculative_config import SpeculativeConfig, break_even, tokens_per_step
@@ -645,8 +645,9 @@ def test_one_noise_for_both_accepts_nearly_as_often_as_the_textbook():
     p, q = distributions(3, 1), distributions(4, 1)
     number = 20_000
     seeds, positions = torch.arange(number) * 7919, torch.arange(number) % 100
-    said = draw(p.log().float().expand(number, -1), seeds, positions)
-    guessed = draw(q.log().float().expand(number, -1), seeds, positions)
+    keys = seed_keys(seeds)
+    said = draw(p.log().float().expand(number, -1), keys, positions)
+    guessed = draw(q.log().float().expand(number, -1), keys, positions)
     agreed, overlap, apart = (said == guessed).double().mean(), torch.minimum(p, q).sum(), (p * q).sum()
     assert overlap / (2 - overlap) - 0.01 < agreed <= overlap + 0.01
     assert agreed > apart + 0.1
