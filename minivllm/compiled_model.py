@@ -146,9 +146,10 @@ class CompiledModel:
         seen = kv_caches[-1].attend(q, metadata)
         if wanted is not None:
             x, seen = x[wanted], seen[wanted]
-        if not len(x):  # all are in the middle of their prompts
-            return x
+        if len(x) <= MOST_TOKENS:
+            return self.close(x, seen) if len(x) else x  # nobody: all are in the middle of their prompts
         # No more at a time than a decode step has, so that nothing is compiled for more: seldom are so many wanted.
-        parts = [self.closing(len(part), self.model, part, looked, second_half(len(part)))
-                 for part, looked in zip(x.split(MOST_TOKENS), seen.split(MOST_TOKENS))]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        return torch.cat([self.close(*part) for part in zip(x.split(MOST_TOKENS), seen.split(MOST_TOKENS))])
+
+    def close(self, x: Tensor, seen: Tensor) -> Tensor:
+        return self.closing(len(x), self.model, x, seen, second_half(len(x)))
