@@ -114,13 +114,20 @@ class IncrementalDetokenizer:
         `stop_terminated`: the last id is the EOS or a stop token. Such a token has no text, unless stop strings have.
         """
         assert not self.is_finished, "a request's text has ended, and tokens still come"
-        hidden = 1 if stop_terminated and not self.includes_stop else 0  # its text, "<|im_end|>" say, is no part of the answer
+        hidden = int(stop_terminated and not self.includes_stop)  # its text, "<|im_end|>" say, is no part of the answer
         for token_id in new_token_ids[: len(new_token_ids) - hidden]:
             stop = self._append(token_id)
             if stop is not None:
                 return stop
         self.num_tokens_kept += hidden
         return None
+
+    def take_all(self, token_ids: Sequence[int], *, stop_terminated: bool) -> None:
+        """`update` for each token of an answer and `finish`, in one go and ten times as fast. Not for stop strings."""
+        assert not self.stops and not self.num_tokens_kept, "an answer that is followed token by token has its text already"
+        hidden = int(stop_terminated and not self.includes_stop)
+        self._text = "" if self.stream is None else self.stream.decode(token_ids[: len(token_ids) - hidden])
+        self.num_tokens_kept, self.is_finished = len(token_ids), True
 
     def finish(self) -> None:
         """The request has ended: show what was held back. Harmless if a stop string has ended the text before."""
@@ -138,6 +145,8 @@ class IncrementalDetokenizer:
         if not piece:
             return None
         self._text += piece
+        if not self.stops:
+            return None
         found = find_stop(self._text, len(piece), self.stops) if self.num_tokens_kept > self.min_tokens else None
         if found is not None:
             start, stop = found

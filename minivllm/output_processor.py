@@ -28,7 +28,7 @@ from minivllm.scheduler_output import ModelOutput
 class ChildState:
     """One answer in the making: its detokenizer, logprobs and how much of the request's tokens has been seen."""
 
-    def __init__(self, index: int, request: Request, tokenizer: Any | None) -> None:
+    def __init__(self, index: int, request: Request, tokenizer: Any | None, final_only: bool) -> None:
         self.index = index
         self.request = request
         params = request.sampling_params
@@ -37,8 +37,10 @@ class ChildState:
         self.logprobs: list[dict[int, Logprob]] | None = None if params.logprobs is None else []
         self.cumulative_logprob: float | None = None if params.logprobs is None else 0.0
         self.stop_string: str | None = None  # the one that ended the text; the request's own status knows of tokens only
-        # Where nobody asked for text or logprobs there is nothing to do for a token, and the request knows its tokens itself.
-        self.is_followed = self.detokenizer.stream is not None or self.logprobs is not None
+        # Is there anything to do for a token? A text that nobody sees before its end, and that cannot end the answer, waits for it,
+        # and the request knows its tokens itself.
+        needs_text = self.detokenizer.stream is not None and (bool(params.stop_strings) or not final_only)
+        self.is_followed = needs_text or self.logprobs is not None
 
     def update(self, logprobs: list[dict[int, Logprob]]) -> None:
         """Take in the tokens that the request has gained, and note the stop string that they completed, if any.
@@ -49,14 +51,21 @@ class ChildState:
         # One, or with speculation the accepted run. Only these are copied: a long answer grows by one at every step.
         new_token_ids = request.all_token_ids[request.num_prompt_tokens + len(self.token_ids):].tolist()
         # The text of the token that ended the request, "<|im_end|>" say, is not shown: the detokenizer must know that it did.
-        ended_by_token = request.status == RequestStatus.FINISHED_STOPPED
-        self.stop_string = self.detokenizer.update(new_token_ids, stop_terminated=ended_by_token)
+        self.stop_string = self.detokenizer.update(new_token_ids, stop_terminated=request.status == RequestStatus.FINISHED_STOPPED)
         if self.stop_string is not None:  # what an accepted run holds behind it was never said
             new_token_ids = new_token_ids[: self.detokenizer.num_tokens_kept - len(self.token_ids)]
         self.token_ids += new_token_ids
         if self.logprobs is not None and self.cumulative_logprob is not None:
             self.logprobs += logprobs[: len(new_token_ids)]
             self.cumulative_logprob += sum(entry[token].logprob for token, entry in zip(new_token_ids, logprobs))
+
+    def finish(self) -> None:
+        """The request has ended: show what was held back for a stop string that did not come, or else all text."""
+        if self.is_followed:
+            self.detokenizer.finish()
+        else:
+            ended_by_token = self.request.status == RequestStatus.FINISHED_STOPPED
+            self.detokenizer.take_all(self.request.output_token_ids, stop_terminated=ended_by_token)
 
     def to_output(self) -> CompletionOutput:
         """A snapshot that later steps do not change. A stop string outranks a length reached by the same token."""
@@ -106,7 +115,7 @@ class OutputProcessor:
     def add(self, processed: ProcessedInput, children: list[Request]) -> None:
         """Start keeping track of a request that the scheduler has accepted."""
         # The first token of a prompt follows nothing, so its place in the prompt's logprobs is None, as in vLLM.
-        states = [ChildState(index, request, self.tokenizer) for index, request in enumerate(children)]
+        states = [ChildState(index, request, self.tokenizer, processed.final_only) for index, request in enumerate(children)]
         wants_prompt = processed.params.prompt_logprobs is not None
         state = OutputState(processed, states, [None] if wants_prompt else None, num_unfinished=len(states))
         self.states[processed.request_id] = state  # by the user's id; below, by the ids that the scheduler knows
@@ -152,7 +161,7 @@ class OutputProcessor:
                 continue
             moved[state.processed.request_id] = state
             if request.is_finished:
-                child.detokenizer.finish()  # shows what was held back for a stop string that did not come
+                child.finish()
                 del self.parents[request.request_id]
                 state.num_unfinished -= 1
         # The user's request ends with the last of its children; until then its id stays taken.

@@ -253,7 +253,7 @@ def test_every_call_of_step_returns_the_tokens_of_one_step():
     llm, _ = make_late()
     llm.enqueue(prompts_of(5, 6), greedy(5))
     for state in llm.engine.output_processor.states.values():
-        state.processed.final_only = False
+        state.processed.final_only, state.children[0].is_followed = False, True
     for number in range(1, 6):
         assert [len(output.outputs[0].token_ids) for output in llm.engine.step()] == [number, number]
     assert_clean(llm.engine)

@@ -177,6 +177,26 @@ def test_t41_the_eos_token_is_not_in_the_text():
         assert streamed.num_tokens_kept == len(token_ids), f"{streamed.num_tokens_kept} of {len(token_ids)} tokens are counted"
 
 
+@given(ids_strategy(), sizes_strategy, st.booleans(), st.booleans(), st.booleans())
+@example([byte_token(228), byte_token(189)], [1], True, False, False)  # half a character is all there is
+@example([byte_token(228), byte_token(189)], [1], True, True, False)  # its second half is the token that ended the request
+def test_an_answer_taken_at_once_has_the_text_that_it_would_have_streamed(token_ids, sizes, skip, stop_terminated, include):
+    """Whoever waits for the end gets the same text and count, whatever the tokens, and whether or not the last one is shown."""
+    knobs = {"skip_special_tokens": skip, "include_stop_str_in_output": include}
+    stop_terminated = stop_terminated and bool(token_ids)
+    streamed = IncrementalDetokenizer(make_tokenizer(), SamplingParams(max_tokens=None, **knobs))
+    runs = list(pieces(token_ids, sizes))
+    for run in runs:
+        streamed.update(run, stop_terminated=stop_terminated and run is runs[-1])
+    streamed.finish()
+    whole = IncrementalDetokenizer(make_tokenizer(), SamplingParams(max_tokens=None, **knobs))
+    whole.take_all(token_ids, stop_terminated=stop_terminated)
+    assert whole.text == streamed.text, f"at once {whole.text!r}, streamed {streamed.text!r}"
+    assert whole.num_tokens_kept == streamed.num_tokens_kept == len(token_ids)
+    whole.finish()
+    assert whole.text == streamed.text, "to finish it once more changes nothing"
+
+
 @pytest.mark.parametrize("missing", ["tokenizer", "detokenize"])
 def test_without_a_tokenizer_there_is_no_text(missing):
     """An engine without a tokenizer, or a request that wants none of it, gets tokens and an empty text."""
@@ -185,6 +205,9 @@ def test_without_a_tokenizer_there_is_no_text(missing):
     assert streamed.update([3, 4, 5], stop_terminated=False) is None
     streamed.finish()
     assert (streamed.text, streamed.num_tokens_kept) == ("", 3), f"got {streamed.text!r}, {streamed.num_tokens_kept} tokens"
+    whole = IncrementalDetokenizer(tokenizer, SamplingParams(detokenize=missing != "detokenize"))
+    whole.take_all([3, 4, 5], stop_terminated=False)
+    assert (whole.text, whole.num_tokens_kept) == ("", 3), f"at once {whole.text!r}, {whole.num_tokens_kept} tokens"
 
 
 # Stop strings

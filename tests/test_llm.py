@@ -167,3 +167,30 @@ def test_a_folder_that_is_no_model_says_what_to_do(tmp_path):
     (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"], "model_type": "llama"}')
     with pytest.raises(UnsupportedError, match=r"LlamaForCausalLM.*Qwen2ForCausalLM"):
         LLM(str(tmp_path))
+
+
+def test_who_waits_for_the_end_gets_the_text_that_would_have_streamed(monkeypatch):
+    """`generate` decodes an answer once, at its end, unless its text may end it; `step` token by token. The outputs are equal."""
+    import minivllm.detokenizer as detokenizer
+
+    llm, decoded = toy(), []
+    push = detokenizer.TextStream.push
+    monkeypatch.setattr(detokenizer.TextStream, "push", lambda self, token_id: (decoded.append(token_id), push(self, token_id))[1])
+    tokenizer = llm.get_tokenizer()
+    chat = tokenizer.apply_chat_template([{"role": "user", "content": FACT}], add_generation_prompt=True, tokenize=False)
+    shown = {"skip_special_tokens": False, "include_stop_str_in_output": True}
+    asked = [(STORY, greedy(30)), (chat, greedy(200)), (chat, greedy(200, **shown)),
+             (STORY, SamplingParams(temperature=1.2, seed=3, n=3, max_tokens=25)), (STORY, greedy(30, detokenize=False)),
+             (STORY, greedy(5, logprobs=1)), (STORY, greedy(60, stop=["."])), (STORY, greedy(12, ignore_eos=True, min_tokens=12))]
+    for prompt, params in asked:
+        decoded.clear()
+        (waited,) = llm.generate(prompt, params, use_tqdm=False)
+        num_pushed = len(decoded)
+        llm.engine.add_request("streamed", prompt, params)
+        steps = []
+        while llm.engine.has_unfinished_requests():
+            steps += llm.engine.step()
+        assert steps[-1].finished and steps[-1].outputs == waited.outputs, f"{params} gave {steps[-1].outputs}, {waited.outputs}"
+        needed = params.logprobs is not None or params.stop_strings
+        assert num_pushed == (len(waited.outputs[0].token_ids) if needed else 0), f"{num_pushed} tokens decoded one by one"
+    assert waited.outputs[0].text and not llm.engine.output_processor.states
