@@ -120,17 +120,16 @@ class AsyncEngine:
 
     # On the event loop ------------------------------------------------------------------------------------------------------
 
-    async def add_request(self, prompt: Any, params: SamplingParams, request_id: str, *,
-                          cache_salt: str | None = None,
-                          before: Callable[[LLMEngine], None] | None = None) -> RequestStream:
-        """Tokenise, check and queue one request; returns the stream of its outputs.
+    async def add_request(self, prompt: Any, params: SamplingParams, request_id: str, *, cache_salt: str | None = None,
+                          final_only: bool = False, before: Callable[[LLMEngine], None] | None = None) -> RequestStream:
+        """Tokenise, check and queue one request; returns the stream of its outputs, or of the last one alone.
 
         `before(engine)` runs on the engine's thread right before the request is queued, and refuses it by raising.
 
         Raises `ValidationError` before anything is streamed, and `EngineDeadError` when the engine has ended.
         """
         self._loop = asyncio.get_running_loop()
-        processed = await self._process(prompt, params, request_id, cache_salt)
+        processed = await self._process(prompt, params, request_id, cache_salt, final_only)
         if request_id in self._streams:
             raise ValidationError(f"request id {request_id!r} is in use", parameter="request_id", value=request_id)
         # The stream is there before the request is: the first step may end before `call` returns.
@@ -142,9 +141,10 @@ class AsyncEngine:
             raise
         return stream
 
-    async def _process(self, prompt: Any, params: SamplingParams, request_id: str, cache_salt: str | None) -> ProcessedInput:
+    async def _process(self, prompt: Any, params: SamplingParams, request_id: str, cache_salt: str | None,
+                       final_only: bool) -> ProcessedInput:
         work = functools.partial(self.engine.input_processor.process, request_id, prompt, params, cache_salt=cache_salt,
-                                 arrival_time=self.engine.clock())
+                                 arrival_time=self.engine.clock(), final_only=final_only)
         if isinstance(prompt, str):  # off the event loop: a long text takes milliseconds; ids are checked at once
             return await asyncio.get_running_loop().run_in_executor(self._tokenizing, work)
         return work()

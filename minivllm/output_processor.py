@@ -65,14 +65,15 @@ class ChildState:
             self.detokenizer.finish()
         else:
             ended_by_token = self.request.status == RequestStatus.FINISHED_STOPPED
-            self.detokenizer.take_all(self.request.output_token_ids, stop_terminated=ended_by_token)
+            self.token_ids = self.request.output_token_ids
+            self.detokenizer.take_all(self.token_ids, stop_terminated=ended_by_token)
 
     def to_output(self) -> CompletionOutput:
         """A snapshot that later steps do not change. A stop string outranks a length reached by the same token."""
         request, found = self.request, self.stop_string
         return CompletionOutput(
             index=self.index, text=self.detokenizer.text, cumulative_logprob=self.cumulative_logprob,
-            token_ids=self.token_ids[:] if self.is_followed else request.output_token_ids,
+            token_ids=self.token_ids[:] if self.is_followed or self.token_ids else request.output_token_ids,
             logprobs=None if self.logprobs is None else list(self.logprobs),  # a copy of the list, not of its dicts
             finish_reason=request.status.finish_reason if found is None else "stop",
             stop_reason=request.stop_reason if found is None else found)

@@ -90,15 +90,17 @@ class ScriptedEngine:
         self.script, self.tokenizer = script, make_tokenizer()
         self.hold_after = self.fail_after = None
         self.errored = False
+        self.waits_for_the_end = None  # what was asked for last
         self.streams: list[ScriptedStream] = []
         self.engine = SimpleNamespace(
             tokenizer=self.tokenizer, config=SimpleNamespace(max_model_len=max_model_len, max_logprobs=20, speculative_config=None),
             model_config=SimpleNamespace(vocab_size=len(self.tokenizer)), default_sampling_params=defaults or {},
             chat_template=chat_template)
 
-    async def add_request(self, prompt, params, request_id, *, cache_salt=None):
+    async def add_request(self, prompt, params, request_id, *, cache_salt=None, final_only=False):
         if self.errored:
             raise EngineDeadError("the engine has ended")
+        self.waits_for_the_end = final_only
         self.streams.append(ScriptedStream(self, prompt, params, request_id))
         return self.streams[-1]
 

@@ -59,6 +59,28 @@ def test_outputs_are_cumulative_so_a_slow_reader_misses_nothing():
     assert num_outputs < 30, "outputs that piled up are handed over as one"
 
 
+def test_who_waits_for_the_end_is_handed_one_output():
+    """With `final_only` a stream has one output, the last of those that it would have had: also when somebody aborts it."""
+    prompt, params = prompts_of(5)[0], greedy(9)
+
+    async def story(engine):
+        every = [output async for output in await engine.add_request(prompt, params, "every")]
+        last = [output async for output in await engine.add_request(prompt, params, "last", final_only=True)]
+        await engine.pause()
+        long = await engine.add_request(prompt, greedy(50), "long", final_only=True)
+        for _ in range(3):
+            await engine.step_once()
+        await engine.abort("long")
+        aborted = [output async for output in long]
+        return every, last, aborted, await usage(engine)
+
+    every, last, aborted, in_use = run(story)
+    assert len(every) > 1 and len(last) == 1, f"{len(every)} outputs, and {len(last)} for who waits for the end"
+    assert last[0].outputs == every[-1].outputs and last[0].finished
+    assert [(one.finish_reason, len(one.token_ids)) for output in aborted for one in output.outputs] == [("abort", 3)]
+    assert in_use == 0
+
+
 def test_bad_input_is_refused_before_anything_is_streamed():
     """`add_request` itself raises, and the next request is served."""
     async def story(engine):

@@ -100,7 +100,7 @@ class Fountain(ScriptedStream):
 
 
 class FountainEngine(ScriptedEngine):
-    async def add_request(self, prompt, params, request_id, *, cache_salt=None):
+    async def add_request(self, prompt, params, request_id, *, cache_salt=None, final_only=False):
         kind = Fountain if params.max_tokens == 1 else ScriptedStream
         self.streams.append(kind(self, prompt, params, request_id))
         return self.streams[-1]

@@ -316,11 +316,11 @@ def test_an_answer_of_our_own_mistakes_is_a_500_without_details(caplog):
 def test_a_refused_prompt_takes_the_others_with_it():
     """If one prompt of a body is refused by the engine, those already queued are given back."""
     class Picky(ScriptedEngine):
-        async def add_request(self, prompt, params, request_id, *, cache_salt=None):
+        async def add_request(self, prompt, params, request_id, *, cache_salt=None, final_only=False):
             if len(self.streams) == 2:
                 from minivllm.exceptions import ValidationError
                 raise ValidationError("needs more blocks than there are", parameter="prompt")
-            return await super().add_request(prompt, params, request_id, cache_salt=cache_salt)
+            return await super().add_request(prompt, params, request_id, cache_salt=cache_salt, final_only=final_only)
 
     engine = Picky()
     assert "more blocks" in error_of(ask(COMPLETIONS, HELLO | {"prompt": ["a", "b", "c"]}, engine=engine))["message"]

@@ -55,6 +55,15 @@ def test_t46_a_completion_has_exactly_these_keys():
     }
 
 
+@pytest.mark.parametrize(("path", "body"), [("/v1/completions", HELLO), ("/v1/chat/completions", CHAT)])
+def test_the_engine_is_told_who_sees_an_answer_before_its_end(path, body):
+    """A stream gets an output for every step, a whole answer the last one alone: nothing is made of its tokens before."""
+    for stream, expected in ((None, True), (False, True), (True, False)):
+        engine = ScriptedEngine()
+        ask(path, body | {"stream": stream}, engine=engine)
+        assert engine.waits_for_the_end is expected, f"stream={stream} asked for final_only={engine.waits_for_the_end}"
+
+
 def test_a_completion_stream_is_one_chunk_per_token():
     """Chunks keep id, created and model; the last one carries the finish_reason; usage is absent unless asked for."""
     chunks = chunks_of("/v1/completions", HELLO)

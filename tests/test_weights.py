@@ -281,8 +281,10 @@ def test_an_id_that_is_not_in_the_cache_says_what_to_do(hub, name, revision):
 
 
 @pytest.mark.parametrize("name", ["./models/qwen", "/no/such", "~/no-such-folder", "../x", "a/b/c", "C:\\models", "a b", ""])
-def test_a_path_that_does_not_exist_is_not_looked_up_on_the_hub(monkeypatch, name):
+def test_a_path_that_does_not_exist_is_not_looked_up_on_the_hub(monkeypatch, tmp_path, name):
     """What looks like a path and does not exist is an error of its own: nobody is asked for a download."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")  # whatever lies beside the checkout
     monkeypatch.setattr(weights, "_from_hub", lambda *_: pytest.fail(f"{name!r} was looked up on the hub"))
     with pytest.raises(CheckpointError, match="does not exist"):
         resolve_model(name)

@@ -104,7 +104,7 @@ class Answer:
         Raises `ValidationError`; nothing is queued then.
         """
         response_id = f"{cls.id_prefix}-{(header_id or body.request_id or uuid.uuid4().hex)[:256]}"
-        streams = await service.admit(prompts, params, response_id, body.cache_salt)
+        streams = await service.admit(prompts, params, response_id, body.cache_salt, final_only=not body.stream)
         return cls(service, body, response_id, prompts, streams)
 
     def __init__(self, service: Service, body: Any, response_id: str, prompts: Sequence[Prompt],

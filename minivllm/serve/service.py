@@ -47,8 +47,8 @@ class Engine(Protocol):
     @property
     def errored(self) -> bool: ...
 
-    async def add_request(self, prompt: Any, params: SamplingParams, request_id: str, *,
-                          cache_salt: str | None = None, before: Callable[[Any], None] | None = None) -> Stream: ...
+    async def add_request(self, prompt: Any, params: SamplingParams, request_id: str, *, cache_salt: str | None = None,
+                          final_only: bool = False, before: Callable[[Any], None] | None = None) -> Stream: ...
 
     async def call(self, function: Callable[[Any], Any]) -> Any: ...
 
@@ -133,8 +133,11 @@ class Service:
             raise
 
     async def admit(self, prompts: Sequence[Prompt], params: SamplingParams, response_id: str,
-                    cache_salt: str | None) -> list[Stream]:
-        """Queue one request per prompt, all or none. Raises `ApiError`, `ValidationError` or `EngineDeadError`."""
+                    cache_salt: str | None, *, final_only: bool = False) -> list[Stream]:
+        """Queue one request per prompt, all or none. Raises `ApiError`, `ValidationError` or `EngineDeadError`.
+
+        `final_only`: nobody sees an answer before its end, so nothing is made of its tokens until then.
+        """
         if len(prompts) * params.n > MAX_N:
             raise ApiError(f"{len(prompts)} prompts x n={params.n} is more than {MAX_N} answers: split the request", param="n")
         # Numbered, because two clients may send the same X-Request-Id and the engine's ids must differ.
@@ -142,7 +145,7 @@ class Service:
         limited: dict[str, Any] = {} if entry is None else {"before": entry.enter}
         entering = [
             asyncio.ensure_future(self.engine.add_request(prompt.token_ids, params, f"{response_id}-{next(self._numbers)}",
-                                                          cache_salt=cache_salt, **limited))
+                                                          cache_salt=cache_salt, final_only=final_only, **limited))
             for prompt in prompts
         ]
         try:
