@@ -147,9 +147,10 @@ class CompiledModel:
         if wanted is not None:
             x, seen = x[wanted], seen[wanted]
         if len(x) <= MOST_TOKENS:
-            return self.close(x, seen) if len(x) else x  # nobody: all are in the middle of their prompts
+            return self.finish(x, seen) if len(x) else x  # nobody: all are in the middle of their prompts
         # No more at a time than a decode step has, so that nothing is compiled for more: seldom are so many wanted.
-        return torch.cat([self.close(*part) for part in zip(x.split(MOST_TOKENS), seen.split(MOST_TOKENS))])
+        return torch.cat([self.finish(*part) for part in zip(x.split(MOST_TOKENS), seen.split(MOST_TOKENS))])
 
-    def close(self, x: Tensor, seen: Tensor) -> Tensor:
+    def finish(self, x: Tensor, seen: Tensor) -> Tensor:
+        """From what the last layer has seen of up to MOST_TOKENS tokens to their hidden states (T, E)."""
         return self.closing(len(x), self.model, x, seen, second_half(len(x)))

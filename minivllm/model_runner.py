@@ -159,8 +159,8 @@ class ModelRunner:
             # The blocks before num_computed_tokens are prefix hits: they hold what others have computed.
             hits = [new.num_computed_tokens // self.block_size for new in output.new_requests] + [0] * len(output.new_block_ids)
             new_blocks = np.array([block for table, num_hits in zip(tables, hits) for block in table[num_hits:]], dtype=np.int64)
-            if len(new_blocks):
-                self.zero_blocks(self.blocks, upload(np.resize(new_blocks, max(2, len(new_blocks))), self.device))  # one: twice
+            if len(new_blocks):  # a single one comes twice, and needs no kernel of its own
+                self.zero_blocks(self.blocks, upload(np.resize(new_blocks, max(2, len(new_blocks))), self.device))
 
     def write_drafts(self, drafts: Mapping[str, list[int]]) -> None:
         """Put guesses into their rows, behind the known tokens: they stand there like tokens, until `rewind`."""
