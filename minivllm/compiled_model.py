@@ -86,6 +86,7 @@ def compiling() -> Iterator[None]:
 
     from minivllm.row_tiles import RowTiles
 
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, COMPILED_SHAPES)  # for good: they stay
     collects = gc.isenabled()
     with (V.set_choices_handler(RowTiles()), inductor.patch({"triton.autotune_pointwise": False}),
           torch._dynamo.config.patch(specialize_float=True)):
@@ -122,7 +123,6 @@ class CompiledModel:
     """`Qwen2ForCausalLM.forward` in regions, for any number of tokens. Changes how the model's layers compute their projections."""
 
     def __init__(self, model: Qwen2ForCausalLM) -> None:
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, COMPILED_SHAPES)
         self.model = model.model
         for layer in self.model.layers:
             split_linears(layer)  # type: ignore[arg-type]

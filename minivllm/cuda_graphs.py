@@ -129,13 +129,17 @@ class DecodeGraphs:
 
     def compute(self, size: int) -> tuple[Tensor, Tensor]:
         """One decode step of the first `size` entries of `index`: logits (B, V) and a token (B,) for each."""
+        logits = self.compute_step_logits(size)
+        return logits, self.sample(logits, self.index[:size])
+
+    def compute_step_logits(self, size: int) -> Tensor:
+        """The step up to its logits (B, V)."""
         cache, config, index = self.kv_caches[0], self.model.config, self.index[:size]
         input_ids, positions, slots, table, *last = self.read_rows(size, self.rows, index, cache.block_size)
         group = config.num_attention_heads // config.num_key_value_heads
         decode = decode_metadata(last, table, cache.block_size, cache.key_cache.shape[1], group)
         hidden = self.forward(input_ids, positions, self.kv_caches, FlexMetadata(slots, decode, None, size))  # (B, E)
-        logits = self.compute_logits(size, self.model, hidden)
-        return logits, self.sample(logits, index)
+        return self.compute_logits(size, self.model, hidden)
 
     def sample(self, logits: Tensor, index: Tensor) -> Tensor:
         """A plainly sampled token (R,) for each of the logits (R, V) of the rows in `index` (R,).

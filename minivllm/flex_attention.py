@@ -95,7 +95,9 @@ def decode_metadata(last: Sequence[Tensor], block_table: Tensor, block_size: int
     `last` is what `ends` says of these. A padded row has position 0 and a table of null blocks: it reads slot 0. No value is
     read by the host.
     """
-    num_blocks, last_block, filled = last  # (B,) each
+    # As views of them: what a compiled function returns is marked as of any length, and a kernel for one batch size would be no
+    # longer the same as another process compiles it (compile_ahead.py).
+    num_blocks, last_block, filled = (one.view(-1) for one in last)  # (B,) each
 
     def mask_mod(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
         return (kv // block_size != last_block[b]) | (kv % block_size < filled[b])

@@ -96,16 +96,16 @@ class ModelRunner:
         return self.sample(inputs, hidden[wanted], self.prompt_logprobs(inputs, hidden), drafts)
 
     @torch.inference_mode()
-    def warm_up(self) -> float:
+    def warm_up(self, wait_for: Callable[[str], None] = lambda _: None) -> float:
         """Compile and capture before the first request comes. Only the null block is written, and nothing is counted.
 
-        Returns the seconds that capturing took of it.
+        `wait_for` waits for a part that another process compiles (compile_ahead.py). Returns the seconds that capturing took.
         """
         if not self.uses_flex or (self.config.enforce_eager and self.device.type == "cuda"):
             return 0.0
         from minivllm.warm_up import warm_up
 
-        return warm_up(self)
+        return warm_up(self, wait_for)
 
     def run_graph(self, inputs: StepInputs, graphs: DecodeGraphs) -> AsyncOutput:
         """A step in which every request gets its next token.

@@ -22,6 +22,7 @@ import dataclasses
 import gc
 import logging
 import os
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ from typing import Any
 
 import torch
 
+from minivllm.compile_ahead import compiled_ahead
 from minivllm.compile_cache import CompileCache
 from minivllm.config import EngineConfig, ModelConfig
 from minivllm.draft_model import DraftModelProposer, load_draft, make_proposer, num_drafts
@@ -94,22 +96,22 @@ def _start(config: EngineConfig, began: dict[str, float]) -> Started:
     dtype = resolve_dtype(config.dtype, model_config, device)
     is_dummy = config.load_format == "dummy"
     model = load_dummy_model(model_config, dtype, device, config.seed) if is_dummy else load_model(folder, dtype, device)
-    num_bytes = sum(weight.numel() * weight.itemsize for weight in model.parameters())
     draft, speculation = load_draft(config, model, tokenizer, dtype, device)
     # Counted before: packing moves the weights into the layout of oneDNN, and they are parameters no more.
-    told = {"threads": set_num_threads(device, num_bytes), "speculation": speculation,
-            "weights": f"{num_bytes:,} bytes, {pack_linears(model, device, config.max_num_seqs)}"}
+    told = {"threads": set_num_threads(device, num_bytes := sum(weight.numel() * weight.itemsize for weight in model.parameters())),
+            "weights": f"{num_bytes:,} bytes, {pack_linears(model, device, config.max_num_seqs)}", "speculation": speculation}
     began["profile run"] = time.perf_counter()
     config, memory = decide_sizes(config, model_config, dtype, device, model, draft)
     began["importing"] = time.perf_counter()
-    cache = CompileCache() if device.type == "cuda" and config.attention_backend == "flex_attention" else None
-    began["KV pool"] = time.perf_counter()
-    runner = ModelRunner(model, config, device, tokenizer, num_drafts(config))
-    proposer = make_proposer(config, draft, device, tokenizer)
-    began["compiling"] = time.perf_counter()
-    capture_seconds = runner.warm_up() + (proposer.warm_up() if isinstance(proposer, DraftModelProposer) else 0.0)
+    with compiled_ahead(config, model_config, memory) as wait_for:
+        cache = CompileCache() if device.type == "cuda" and config.attention_backend == "flex_attention" else None
+        began["KV pool"] = time.perf_counter()
+        runner = ModelRunner(model, config, device, tokenizer, num_drafts(config))
+        proposer = make_proposer(config, draft, device, tokenizer)
+        began["compiling"] = time.perf_counter()
+        capturing = runner.warm_up(wait_for) + (proposer.warm_up() if isinstance(proposer, DraftModelProposer) else 0.0)
     # Compiling and capturing take turns, bucket by bucket: what capturing took in all is reported as if it had come last.
-    began["capturing"] = time.perf_counter() - capture_seconds
+    began["capturing"] = time.perf_counter() - capturing
     defaults = read_generation_config(folder, config.generation_config, tokenizer)
     template = load_chat_template(config.chat_template) or getattr(tokenizer, "chat_template", None)
     report = write_report(config, model, told, defaults, template, folder, memory, cache, began)
@@ -160,12 +162,9 @@ def decide_device(asked: str) -> torch.device:
     """"auto" is CUDA when there is one. Other devices of torch are refused: this engine was never run on one."""
     if asked == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(asked)
-    except RuntimeError as error:
-        raise ValidationError(f"device must be auto, cpu or cuda, got {asked!r}", parameter="device", value=asked) from error
-    if device.type not in ("cpu", "cuda"):
+    if not re.fullmatch(r"(cpu|cuda)(:\d\d?)?", asked):
         raise ValidationError(f"device must be auto, cpu or cuda, got {asked!r}", parameter="device", value=asked)
+    device = torch.device(asked)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValidationError("device='cuda' was asked for and torch finds no CUDA device: use device='cpu'", parameter="device")
     return device

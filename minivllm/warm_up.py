@@ -4,8 +4,10 @@ Owns the order of it, and the steps of nobody's tokens by which it is done: they
 A kernel that was left out would be compiled by the first request that needs it, who would wait for seconds. So whatever makes
 torch.compile write another kernel has to come here: a number of rows that is one, a branch on how many there are.
 
-    decode graphs      one for each bucket of batch sizes, of samplers behind them, and of verifications, if somebody guesses
-    no graph           few tokens, more and many, and all hidden states, one or two asked for
+    logits             of the largest decode steps of each kind (split_linear.py), and of one request: the model
+    no graph           few tokens, more and many, and all hidden states, one or two asked for: attention of prompts, and the rest
+    logits             of all buckets of batch sizes: attention, which another process may have compiled (compile_ahead.py)
+    decode graphs      the same with samplers behind them, which likewise, and verifications, if somebody guesses
     prompt graphs      one for each bucket of tokens: by now everything is compiled, and these are only recorded
 
 On a CPU nothing is compiled, and the same objects compute every step as they would record it.
@@ -13,7 +15,7 @@ On a CPU nothing is compiled, and the same objects compute every step as they wo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -21,7 +23,7 @@ from torch import Tensor
 
 from minivllm.attention import NULL_BLOCK
 from minivllm.compiled_model import CompiledModel, compiling
-from minivllm.cuda_graphs import DecodeGraphs
+from minivllm.cuda_graphs import DecodeGraphs, bucket_sizes
 from minivllm.graph_sampler import SamplerGraphs
 from minivllm.input_batch import StepInputs, upload
 from minivllm.model_runner import ModelRunner
@@ -30,8 +32,11 @@ from minivllm.split_linear import FEW_TOKENS, MOST_TOKENS
 from minivllm.verify_graphs import VerifyGraphs
 
 
-def warm_up(runner: ModelRunner) -> float:
-    """Give a runner its graphs, recorded where there is a GPU. Returns the seconds that recording took of it."""
+def warm_up(runner: ModelRunner, wait_for: Callable[[str], None]) -> float:
+    """Give a runner its graphs, recorded where there is a GPU. Returns the seconds that recording took of it.
+
+    `wait_for` is called for each part that another process may be compiling, once nothing else is left to do.
+    """
     on_gpu, config = runner.device.type == "cuda", runner.config
     if on_gpu:
         runner.forward_model = CompiledModel(runner.model)
@@ -49,15 +54,29 @@ def warm_up(runner: ModelRunner) -> float:
     if not on_gpu:
         return 0.0
     with compiling():
+        compile_model(runner, decodes, wait_for)
+        wait_for("sampler")
         seconds = decodes.capture() + samplers.capture() + (verifications.capture() if verifications else 0.0)
-        # Steps beyond the largest graph run uncaptured, and their first one must not be the one that compiles.
-        for num_tokens in (2, FEW_TOKENS + 2, MOST_TOKENS + 2):
-            inputs = padding_inputs(num_tokens, runner.rows.padding_row)
-            for wanted in all_one_and_two(runner.device):
-                rows, seq_lens = runner.upload(inputs.rows, inputs.seq_lens)
-                runner.forward_ungraphed(inputs, rows, seq_lens, wanted)
-        runner.zero_blocks(runner.blocks, upload(np.full(2, NULL_BLOCK), runner.device))
         return seconds + prompts.capture()
+
+
+def compile_model(runner: ModelRunner, decodes: DecodeGraphs, wait_for: Callable[[str], None]) -> None:
+    """All that steps need up to their logits."""
+    sizes = bucket_sizes(decodes.max_num_seqs)
+    # The largest first: torch.compile chooses tiles by the first size that it sees.
+    largest = {max(size for size in sizes if size <= most) for most in (sizes[-1], MOST_TOKENS, FEW_TOKENS, 1)}
+    for size in sorted(largest, reverse=True):
+        decodes.compute_step_logits(size)
+    # Steps beyond the largest graph run uncaptured, and their first one must not be the one that compiles.
+    for num_tokens in (2, FEW_TOKENS + 2, MOST_TOKENS + 2):
+        inputs = padding_inputs(num_tokens, runner.rows.padding_row)
+        for wanted in all_one_and_two(runner.device):
+            rows, seq_lens = runner.upload(inputs.rows, inputs.seq_lens)
+            runner.forward_ungraphed(inputs, rows, seq_lens, wanted)
+    runner.zero_blocks(runner.blocks, upload(np.full(2, NULL_BLOCK), runner.device))
+    wait_for("attention")
+    for size in reversed(sizes):
+        decodes.compute_step_logits(size)
 
 
 def all_one_and_two(device: torch.device) -> Iterator[Tensor | None]:

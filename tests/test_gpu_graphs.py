@@ -88,7 +88,7 @@ class TestOnTheDevice:
         """The same compiled step at the same bucket, replayed and called: the logits are equal in every bit."""
         llm = make_llm(dtype="bfloat16", max_num_seqs=6)
         runner = llm.engine.runner
-        rows, graphs = runner.rows, runner.graphs
+        rows, graphs, recorded = runner.rows, runner.graphs, runner.graphs.results
         for count in (1, 2, 3, 6):
             rows.block_table[:count] = torch.arange(1, count * 16 + 1, dtype=torch.int32, device="cuda").view(count, 16)
             rows.token_ids[:count, :40] = torch.randint(97, (count, 40), dtype=torch.int32, device="cuda")
@@ -96,7 +96,8 @@ class TestOnTheDevice:
             results = []
             for use_graphs in (True, False):
                 rows.positions[:count] = torch.arange(20, 20 + count, dtype=torch.int32, device="cuda")
-                graphs.use_graphs = use_graphs
+                # A step that is called leaves its own results, and one that is replayed writes into those it was recorded with.
+                graphs.use_graphs, graphs.results = use_graphs, dict(recorded)
                 with torch.inference_mode():
                     results.append(graphs.run(np.arange(count))[0].clone())
             assert torch.equal(*results), f"a graph of {count} rows and its step ungraphed differ"
@@ -320,7 +321,7 @@ class TestOnTheDevice:
 
         model, folder = random_qwen2(tempfile.mkdtemp(), 5, layers=2, hidden=64, heads=64, kv_heads=32, vocab=97, head_dim=16)
         split = [size for size in bucket_sizes(96) if num_splits(size, 32) > 1]
-        assert split == [1, 2, 4, 8]
+        assert split == [1, 4, 8]
         torch._dynamo.reset()
         clear_compilation_metrics()
         llm = LLM(str(folder), skip_tokenizer_init=True, device="cuda", attention_backend="flex_attention", max_model_len=128,
