@@ -21,6 +21,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import subprocess
 import sys
@@ -45,9 +46,11 @@ from minivllm.input_batch import RowTensors
 from minivllm.memory import kv_bytes_per_block
 from minivllm.model import DecoderLayer, RotaryEmbedding
 from minivllm.profile_run import GIB, SAMPLER_COPIES, MemorySum, NoAttention
+from minivllm.threads import cpu_quota
 from minivllm.version import __version__
 
 logger = logging.getLogger("minivllm")
+CORES_EACH = 4  # a compiler wants one, and each of its workers: on few cores three would only take turns
 PATIENCE_SECONDS = 60.0  # how long to wait for each when all else is compiled: as long as its part may take here
 
 
@@ -159,15 +162,20 @@ def main(part: str, argument: str) -> None:
 # In this one
 
 
+def most_processes() -> int:
+    """How many there may be beside this one, by the cores that this container has."""
+    return max(0, int(min(os.cpu_count() or 1, cpu_quota() or math.inf)) // CORES_EACH - 1)
+
+
 def worthwhile(config: EngineConfig, shapes: Shapes, memory: MemorySum | None) -> list[str]:
-    """The parts that will be needed, were not done before, and have room beside what this engine may fill. Without a sum of a
-    GPU's memory nobody knows how much that is.
+    """The parts that will be needed, were not done before, and have cores, and room beside what this engine may fill. Without a sum
+    of a GPU's memory nobody knows how much that is.
     """
     if config.attention_backend != "flex_attention" or config.enforce_eager or memory is None:
         return []
     room, parts = memory.total - memory.usable, []
     try:
-        for part in PARTS:
+        for part in list(PARTS)[: most_processes()]:
             if not shapes.done_file(part).exists() and room >= shapes.num_bytes(part):
                 parts.append(part)
                 room -= shapes.num_bytes(part)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import subprocess
 import sys
 import tempfile
@@ -14,7 +15,16 @@ from tiny_models import random_qwen2
 
 from minivllm import compile_ahead, cuda_graphs, flex_attention, graph_sampler
 from minivllm.attention import allocate_kv_cache
-from minivllm.compile_ahead import PARTS, Shapes, compile_attention, compile_sampler, compiled_ahead, launch, worthwhile
+from minivllm.compile_ahead import (
+    PARTS,
+    Shapes,
+    compile_attention,
+    compile_sampler,
+    compiled_ahead,
+    launch,
+    most_processes,
+    worthwhile,
+)
 from minivllm.compile_cache import VARIABLE, WORKERS
 from minivllm.compiled_model import CompiledModel
 from minivllm.config import EngineConfig, ModelConfig
@@ -34,8 +44,10 @@ SAMPLERS = {cuda_graphs: ("sample_into_rows",), graph_sampler: ("penalize", "sam
 
 
 @pytest.fixture(autouse=True)
-def own_cache(monkeypatch, tmp_path):
-    """A cache root of this test alone; variables that importing the compiler sets are restored."""
+def own_machine(monkeypatch, tmp_path):
+    """Cores enough, and a cache root of this test alone; variables that importing the compiler sets are restored."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    monkeypatch.setattr(compile_ahead, "cpu_quota", lambda: None)
     for name in (VARIABLE, WORKERS):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
@@ -133,6 +145,15 @@ def test_it_is_done_once_for_each_shape_and_where_there_is_room(monkeypatch, tmp
     (tmp_path / "file").touch()
     monkeypatch.setenv("MINIVLLM_CACHE_ROOT", str(tmp_path / "file"))
     assert worthwhile(CONFIG, SHAPES, ROOM) == []
+
+
+@pytest.mark.parametrize(("cores", "quota", "most"), [(16, None, 3), (12, None, 2), (8, None, 1), (7, None, 0), (64, 8.5, 1)])
+def test_few_cores_are_left_to_this_process(monkeypatch, cores, quota, most):
+    """Four cores for each process, of those that the container may use."""
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(compile_ahead, "cpu_quota", lambda: quota)
+    assert most_processes() == most
+    assert worthwhile(CONFIG, SHAPES, ROOM) == list(PARTS)[:most]
 
 
 def test_a_layers_kv_is_counted(monkeypatch):
