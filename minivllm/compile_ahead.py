@@ -156,6 +156,7 @@ def main(part: str, argument: str) -> None:
     CompileCache()
     with compiling():
         PARTS[part](shapes)
+    done_file.parent.mkdir(parents=True, exist_ok=True)
     done_file.touch()
 
 

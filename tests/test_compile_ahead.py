@@ -171,6 +171,9 @@ def test_it_finds_the_folder_and_says_that_it_is_done(monkeypatch, tmp_path):
     done_file = SHAPES.done_file("sampler")
     assert done_file.parent == tmp_path / "torch_compile" and done_file.exists()
     assert worthwhile(CONFIG, SHAPES, ROOM) == ["attention"]
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "not" / "there"))
+    process = launch("sampler", SHAPES)
+    assert process is not None and process.wait(120) == 0 and SHAPES.done_file("sampler").exists()
 
 
 def test_a_process_that_fails_is_only_mentioned(monkeypatch, caplog):
