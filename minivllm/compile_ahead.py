@@ -40,12 +40,13 @@ from minivllm.compile_cache import VARIABLE, CompileCache, writable_folder
 from minivllm.compiled_model import compiling
 from minivllm.config import EngineConfig, ModelConfig
 from minivllm.cuda_graphs import DecodeGraphs, bucket_sizes
-from minivllm.flex_attention import FlexPagedAttention, decode_metadata, ends, num_splits
+from minivllm.flex_attention import FlexPagedAttention, num_splits
 from minivllm.graph_sampler import SamplerGraphs
-from minivllm.input_batch import RowTensors
+from minivllm.input_batch import RowTensors, upload
 from minivllm.memory import kv_bytes_per_block
 from minivllm.model import DecoderLayer, RotaryEmbedding
 from minivllm.profile_run import GIB, SAMPLER_COPIES, MemorySum, NoAttention
+from minivllm.prompt_graphs import NOBODYS, decodes_first, padded_decodes
 from minivllm.threads import cpu_quota
 from minivllm.version import __version__
 
@@ -119,17 +120,15 @@ def compile_attention(shapes: Shapes) -> None:
     The smallest first: it takes the longest, its many parts being written out, and the engine asks for it early.
     """
     model, rows, dtype = shapes.model, shapes.make_rows(), getattr(torch, shapes.dtype)
-    num_heads, num_kv_heads = model.num_attention_heads, model.num_key_value_heads
+    num_kv_heads = model.num_key_value_heads
     with torch.inference_mode(False):  # as the engine's: of one layer here, but no kernel can tell
         cache = FlexPagedAttention(allocate_kv_cache(1, shapes.num_blocks, shapes.block_size, num_kv_heads, model.head_dim, dtype,
                                                      shapes.device)[0], shapes.block_size)
     for size in bucket_sizes(shapes.max_num_seqs):
         if num_splits(size, num_kv_heads) > 1:
-            table = rows.block_table[rows.padding_row].repeat(size, 1)
-            last = ends(rows.positions[rows.padding_row].repeat(size), table, shapes.block_size)
-            num_slots, group = cache.key_cache.shape[1], num_heads // num_kv_heads
-            metadata = decode_metadata(last, table, shapes.block_size, num_slots, group)
-            cache.attend_decode(queries(model, size, dtype, shapes.device), metadata)
+            decodes = upload(padded_decodes(NOBODYS, size, rows.padding_row), rows.device)
+            metadata = decodes_first(decodes[0], decodes, size, rows, cache, model)
+            cache.attend(queries(model, size, dtype, shapes.device), metadata)
 
 
 def queries(model: ModelConfig, size: int, dtype: torch.dtype, device: str) -> Tensor:
@@ -164,8 +163,9 @@ def main(part: str, argument: str) -> None:
 
 
 def most_processes() -> int:
-    """How many there may be beside this one, by the cores that this container has."""
-    return max(0, int(min(os.cpu_count() or 1, cpu_quota() or math.inf)) // CORES_EACH - 1)
+    """How many there may be beside this one, by the cores that this one may use."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(0, int(min(cores, cpu_quota() or math.inf)) // CORES_EACH - 1)
 
 
 def worthwhile(config: EngineConfig, shapes: Shapes, memory: MemorySum | None) -> list[str]:

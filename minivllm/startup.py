@@ -162,7 +162,7 @@ def decide_device(asked: str) -> torch.device:
     """"auto" is CUDA when there is one. Other devices of torch are refused: this engine was never run on one."""
     if asked == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"(cpu|cuda)(:\d\d?)?", asked):
+    if not re.fullmatch(r"(cpu|cuda)(:(0|[1-9][0-9]?))?", asked):
         raise ValidationError(f"device must be auto, cpu or cuda, got {asked!r}", parameter="device", value=asked)
     device = torch.device(asked)
     if device.type == "cuda" and not torch.cuda.is_available():

@@ -46,7 +46,7 @@ SAMPLERS = {cuda_graphs: ("sample_into_rows",), graph_sampler: ("penalize", "sam
 @pytest.fixture(autouse=True)
 def own_machine(monkeypatch, tmp_path):
     """Cores enough, and a cache root of this test alone; variables that importing the compiler sets are restored."""
-    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(16))
     monkeypatch.setattr(compile_ahead, "cpu_quota", lambda: None)
     for name in (VARIABLE, WORKERS):
         monkeypatch.setenv(name, "")
@@ -150,7 +150,7 @@ def test_it_is_done_once_for_each_shape_and_where_there_is_room(monkeypatch, tmp
 @pytest.mark.parametrize(("cores", "quota", "most"), [(16, None, 3), (12, None, 2), (8, None, 1), (7, None, 0), (64, 8.5, 1)])
 def test_few_cores_are_left_to_this_process(monkeypatch, cores, quota, most):
     """Four cores for each process, of those that the container may use."""
-    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(cores))
     monkeypatch.setattr(compile_ahead, "cpu_quota", lambda: quota)
     assert most_processes() == most
     assert worthwhile(CONFIG, SHAPES, ROOM) == list(PARTS)[:most]

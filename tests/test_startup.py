@@ -98,7 +98,7 @@ def test_arguments_of_vllm_are_taken_or_refused_by_name():
 
 def test_a_device_that_is_not_there_is_refused():
     """An unknown device, and CUDA without CUDA, are refused by name."""
-    for asked in ("tpu", "cuda:x", "meta"):
+    for asked in ("tpu", "cuda:x", "cuda:05", "cuda:٣", "cpu:", "meta"):
         with pytest.raises(ValidationError, match="device"):
             decide_device(asked)
 
