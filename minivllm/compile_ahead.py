@@ -36,7 +36,7 @@ from torch import Tensor
 
 from minivllm import one_token
 from minivllm.attention import allocate_kv_cache
-from minivllm.compile_cache import VARIABLE, CompileCache, writable_folder
+from minivllm.compile_cache import CompileCache, wished_folder, writable_folder
 from minivllm.compiled_model import compiling
 from minivllm.config import EngineConfig, ModelConfig
 from minivllm.cuda_graphs import DecodeGraphs, bucket_sizes
@@ -76,7 +76,7 @@ class Shapes:
     def done_file(self, part: str) -> Path:
         """It is there once this part has been compiled on this machine. Raises `OSError` or `RuntimeError` without a folder."""
         made_from = json.dumps([asdict(self), torch.__version__, __version__])
-        folder = Path(os.environ.get(VARIABLE) or writable_folder())
+        folder = Path(wished_folder() or writable_folder())
         return folder / f"{part}-{hashlib.sha256(made_from.encode()).hexdigest()[:16]}"
 
     def num_bytes(self, part: str) -> int:
@@ -151,7 +151,7 @@ def main(part: str, argument: str) -> None:
     """One of the other processes."""
     sizes = json.loads(argument)
     shapes = Shapes(ModelConfig(**sizes.pop("model")), **sizes)
-    done_file = shapes.done_file(part)  # before importing the compiler sets the variable
+    done_file = shapes.done_file(part)
     CompileCache()
     with compiling():
         PARTS[part](shapes)

@@ -34,8 +34,7 @@ class CompileCache:
         from torch._inductor import compile_fx  # noqa: F401 - two seconds, six from a slow disk
         from torch._inductor.runtime.cache_dir_utils import cache_dir, default_cache_dir
 
-        # Importing torch.compile sets the variable to its default, so that value is nobody's wish.
-        if os.environ.get(VARIABLE, default_cache_dir()) == os.path.abspath(default_cache_dir()):
+        if wished_folder() is None:
             try:
                 os.environ[VARIABLE] = str(writable_folder())
             except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
@@ -51,6 +50,16 @@ class CompileCache:
         """The folder, and whether all that was compiled since lay there already."""
         added = self.num_compiled() - self.num_before
         return f"{self.folder} ({f'cold: {added} functions added' if added or not self.num_before else 'warm'})"
+
+
+def wished_folder() -> str | None:
+    """What torch's variable says, if somebody has set it. None for /tmp/torchinductor_USER: torch sets that itself when its compiler
+    is imported, and processes that are started from there inherit it.
+    """
+    folder = os.environ.get(VARIABLE) or ""
+    parent, name = os.path.split(os.path.abspath(folder))
+    is_default = parent == tempfile.gettempdir() and name.startswith("torchinductor_")
+    return folder if folder and not is_default else None
 
 
 def writable_folder() -> Path:

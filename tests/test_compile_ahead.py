@@ -176,6 +176,18 @@ def test_it_finds_the_folder_and_says_that_it_is_done(monkeypatch, tmp_path):
     assert process is not None and process.wait(120) == 0 and SHAPES.done_file("sampler").exists()
 
 
+def test_torchs_own_folder_is_not_where_marks_go(monkeypatch, tmp_path):
+    """A program that imported torch.compile has torch's default in its environment, and kernels go elsewhere all the same: a mark
+    left there would keep every other folder from being filled ahead.
+    """
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    monkeypatch.setenv(VARIABLE, default_cache_dir())
+    assert SHAPES.done_file("sampler").parent == tmp_path / "torch_compile"
+    process = launch("sampler", SHAPES)
+    assert process is not None and process.wait(120) == 0 and SHAPES.done_file("sampler").exists()
+
+
 def test_a_process_that_fails_is_only_mentioned(monkeypatch, caplog):
     """Its exit status is logged, it leaves no mark, and the start goes on."""
     config = EngineConfig(**vars(CONFIG) | {"device": "no such"})
