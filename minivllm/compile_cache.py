@@ -53,8 +53,8 @@ class CompileCache:
 
 
 def wished_folder() -> str | None:
-    """What torch's variable says, if somebody has set it. None for /tmp/torchinductor_USER: torch sets that itself when its compiler
-    is imported, and processes that are started from there inherit it.
+    """What torch's variable says, if somebody has set it. None for /tmp/torchinductor_USER: torch sets that itself when its
+    compiler is imported, and processes that are started from there inherit it.
     """
     folder = os.environ.get(VARIABLE) or ""
     parent, name = os.path.split(os.path.abspath(folder))

@@ -69,14 +69,19 @@ def second_half(num_tokens: int) -> Callable[..., Tensor]:
 # one before it ends, and waits only where it reads what that one wrote (Programmatic Dependent Launch).
 ONE_TOKEN: dict[str, Any] = {"realize_acc_reads_threshold": 1, "triton.enable_pdl": True}
 
+# Of a kernel's possible tiles torch takes one by rules. For sums its option "deterministic" says so too, but the first function
+# that is compiled sets that back (torch.use_deterministic_algorithms). This one is there for torch's own tests, and stays.
+NOTHING_TIMED = {"triton.autotune_pointwise": False, "test_configs.force_filter_reduction_configs": True}
+
 
 @contextmanager
 def compiling() -> Iterator[None]:
     """As long as this lasts, what is compiled in this thread is compiled quickly, and sums have the tiles of `row_tiles.py`.
 
-    Nothing is searched for by timing kernels: that took 16 s of a start and more, and found worse tiles than these. Numbers like a
-    norm's epsilon are constants: by itself torch.compile makes them inputs, finds at the end that nothing varies, and begins anew.
-    And Python's collector waits: a tenth of the time went into looking for garbage among the compiler's objects.
+    Nothing is searched for by timing kernels: that took 16 s of a start and more, and found worse tiles than these. And a sum in
+    other tiles has other last bits, so an answer would be another after the next cold start. Numbers like a norm's epsilon are
+    constants: by itself torch.compile makes them inputs, finds at the end that nothing varies, and begins anew. And Python's
+    collector waits: a tenth of the time went into looking for garbage among the compiler's objects.
 
     The option "inductor_choices_class" only names the tiles to torch's cache: torch reads it once a thread, and would then keep
     ours for the host program's own functions, or never see ours.
@@ -88,8 +93,7 @@ def compiling() -> Iterator[None]:
 
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, COMPILED_SHAPES)  # for good: they stay
     collects = gc.isenabled()
-    with (V.set_choices_handler(RowTiles()), inductor.patch({"triton.autotune_pointwise": False}),
-          torch._dynamo.config.patch(specialize_float=True)):
+    with (V.set_choices_handler(RowTiles()), inductor.patch(NOTHING_TIMED), torch._dynamo.config.patch(specialize_float=True)):
         gc.disable()
         try:
             yield

@@ -31,7 +31,7 @@ from minivllm.cuda_graphs import bucket_of, bucket_sizes, record
 from minivllm.flex_attention import QUERY_TILE, FlexMetadata, cut_into_tiles, decode_metadata, ends, prefill_metadata
 from minivllm.input_batch import RowTensors, StepInputs, upload
 
-TOKEN_BUCKETS = (32, 64, 96, 128, 160, 192, 256, 320, 384, 512, 768, 1024, 1536, 2048)
+TOKEN_BUCKETS = (32, 64, 96, 128, 160, 192, 256, 320, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
 MOST_PROMPTS = 32  # each may need one tile more than its tokens fill
 # Tokens times parameters. A step of less takes the GPU less time, 12 ms for 512 tokens of 7B, than the host to launch its kernels
 # one by one, some 16.

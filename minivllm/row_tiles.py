@@ -1,9 +1,9 @@
 """Lesson 14. How long sums are cut: so that all of a GPU keeps asking memory for more, and no program ends as it has begun.
 
-Owns the tiles of the sums that torch.compile writes for steps of one token (`one_token.py`). Such a kernel reads every weight once
-and does little else: what counts is how many loads are on their way at any moment. A program that holds much at a time waits for
-all of it before it asks again, and few of them fit on a processor; one that has little to do is over before that pays, and an
-H200 begins no more than 820 programs in a microsecond. So a row's length and the number of rows say what a program takes:
+Owns the tiles of sums that torch.compile writes, above all for steps of one token (`one_token.py`). Such a kernel reads every
+weight once and does little else: what counts is how many loads are on their way at any moment. A program that holds much at a
+time waits for all of it before it asks again, and few of them fit on a processor; one that has little to do is over before that
+pays, and an H200 begins no more than 820 programs in a microsecond. So a row's length and the number of rows say what it takes:
 
     at least    rows of                 as in                     a program of 128 threads takes
     4,096       512 to 1,024 numbers    0.5B: gate and up, head   4 whole rows at once
@@ -11,8 +11,9 @@ H200 begins no more than 820 programs in a microsecond. So a row's length and th
     256         a multiple of 512       7B: all                   one row, 512 numbers at a time:    512 | 512 | 512 | ...
     256         more than 1,024         0.5B and 1.5B: down       one row, 1,024 at a time
 
-Everything else is left to torch.compile. It could search (coordinate descent), one step at a time and each kernel alone, which
-takes 12 s of a start or more and finds another place every time. Milliseconds of a step of one token, 200 positions, on an H200:
+Norms of 7B, of any number of tokens, hold their row whole. Everything else is left to torch.compile, to its rules and not to its
+clock (`compiling`). It could search (coordinate descent), one step at a time and each kernel alone, which takes 12 s of a start or
+more and finds another place every time. Milliseconds of a step of one token, 200 positions, on an H200:
 
     0.5B    left alone 0.76    found by search 0.68 - 0.74    these 0.60
     1.5B    512 numbers, or left alone 1.38                   these 1.27
@@ -29,21 +30,28 @@ from torch._inductor.codegen.triton import FixedTritonConfig
 WHOLE_ROWS = ((4096, 1024), (65_536, 2048))  # at least so many rows, each of up to so many numbers
 ROWS_AT_ONCE, TILE, LONG_TILE, NUM_WARPS = 4, 512, 1024, 4
 FEWEST_SUMS = 256  # fewer are better off with many threads each; and rows below TILE are no weights
+# A norm's row: torch would time a program that holds all of it and one that reads it in two parts, and take now this, now that.
+SHORTEST_NORM, NORM_TILE, NORM_WARPS = 2048 + TILE, 4096, 16
 
 
-def tiles_of(num_sums: int, length: int) -> dict[str, int] | None:
-    """What one program takes of `num_sums` rows of `length` numbers; None leaves it to torch.compile."""
-    if num_sums < FEWEST_SUMS or length < TILE:
+def tiles_of(num_sums: int | None, length: int) -> dict[str, int] | None:
+    """What one program takes of `num_sums` rows (None: of any number) of `length` numbers; None leaves it to torch.compile."""
+    rows, warps = 1, NUM_WARPS
+    if num_sums is None or num_sums < FEWEST_SUMS:
+        if length % TILE or not SHORTEST_NORM <= length <= NORM_TILE:
+            return None
+        tile, warps = NORM_TILE, NORM_WARPS
+    elif length < TILE:
         return None
-    if any(num_sums >= fewest and length <= longest for fewest, longest in WHOLE_ROWS):
+    elif any(num_sums >= fewest and length <= longest for fewest, longest in WHOLE_ROWS):
         rows, tile = ROWS_AT_ONCE, 1 << (length - 1).bit_length()
     elif length % TILE == 0:
-        rows, tile = 1, TILE
+        tile = TILE
     elif length > LONG_TILE:
-        rows, tile = 1, LONG_TILE
+        tile = LONG_TILE
     else:
         return None
-    return {"XBLOCK": rows, "R0_BLOCK": tile, "num_warps": NUM_WARPS, "num_stages": 1}
+    return {"XBLOCK": rows, "R0_BLOCK": tile, "num_warps": warps, "num_stages": 1}
 
 
 class RowTiles(InductorChoices):
@@ -51,16 +59,17 @@ class RowTiles(InductorChoices):
 
     def uuid(self) -> str:
         """For torch's cache: what is compiled depends on these numbers as well."""
-        return f"minivllm {WHOLE_ROWS} {ROWS_AT_ONCE} {TILE} {LONG_TILE} {NUM_WARPS} {FEWEST_SUMS}"
+        numbers = WHOLE_ROWS, ROWS_AT_ONCE, TILE, LONG_TILE, NUM_WARPS, FEWEST_SUMS, SHORTEST_NORM, NORM_TILE, NORM_WARPS
+        return f"minivllm {numbers}"
 
     def triton_kernel_kwargs(self, kernel_cls: Any, features: Any, groups: Any, kernel_kwargs: dict[str, Any]) -> dict[str, Any]:
         """How a kernel is generated. `groups` holds its axes, here {"x": number of sums, "r0_": numbers in each}."""
         kwargs = super().triton_kernel_kwargs(kernel_cls, features, groups, kernel_kwargs)
         axes = groups[0]
-        # With several tokens the number of sums is a symbol.
-        if set(axes) != {"x", "r0_"} or not all(length.is_number for length in axes.values()):
+        if set(axes) != {"x", "r0_"} or not axes["r0_"].is_number:
             return kwargs
-        tiles = tiles_of(int(axes["x"]), int(axes["r0_"]))
+        num_sums = int(axes["x"]) if axes["x"].is_number else None  # with several tokens it is a symbol
+        tiles = tiles_of(num_sums, int(axes["r0_"]))
         if tiles is None:
             return kwargs
         return kwargs | {"fixed_config": FixedTritonConfig(tiles), "override_persistent_reduction": False}

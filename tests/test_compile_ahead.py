@@ -245,3 +245,35 @@ def test_on_a_gpu_a_first_start_finds_what_was_compiled_ahead():
     assert "not compiled ahead" not in done.stderr
     cold, found, made = done.stdout.split()[-3:]
     assert cold == "True" and 7 <= int(found) <= 9 and int(made) > 0, done.stdout
+
+
+TIMED = """
+import torch
+from minivllm.compile_ahead import Shapes, compile_sampler
+from minivllm.compile_cache import CompileCache
+from minivllm.compiled_model import OneAndMany, compiling
+from minivllm.config import ModelConfig
+from minivllm.model import RMSNorm
+CompileCache()
+norms = OneAndMany(lambda norm, x: norm(x))
+with torch.inference_mode(), compiling():
+    model = ModelConfig(1280, 3584, 96, 2, 4, 2, 16, 1e-6, 1e6, 256, True)
+    compile_sampler(Shapes(model, 256, 64, 9, 64, "float32", "cuda"))
+    for num_tokens in (256, 1):
+        norms(num_tokens, RMSNorm(model, torch.bfloat16, "cuda"), torch.ones(num_tokens, 3584, dtype=torch.bfloat16, device="cuda"))
+counted = torch._dynamo.utils.counters["inductor"]
+print(counted["fxgraph_cache_miss"], sum(count for name, count in counted.items() if name.startswith("benchmarking")))
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
+def test_on_a_gpu_no_kernel_is_chosen_by_timing():
+    """Sampler and norms, whose sums torch would time in two or three forms: by the clock another form may win after every cold
+    start, and with it other last bits and other tokens.
+    """
+    done = subprocess.run([sys.executable, "-c", TIMED], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    made, timed = map(int, done.stdout.split()[-2:])
+    assert made == 7, f"{made} functions were compiled: five of the sampler, and two norms"
+    assert timed == 0, f"{timed} timings"
