@@ -76,8 +76,7 @@ class Shapes:
     def done_file(self, part: str) -> Path:
         """It is there once this part has been compiled on this machine. Raises `OSError` or `RuntimeError` without a folder."""
         made_from = json.dumps([asdict(self), torch.__version__, __version__])
-        folder = Path(wished_folder() or writable_folder())
-        return folder / f"{part}-{hashlib.sha256(made_from.encode()).hexdigest()[:16]}"
+        return Path(wished_folder() or writable_folder()) / f"{part}-{hashlib.sha256(made_from.encode()).hexdigest()[:16]}"
 
     def num_bytes(self, part: str) -> int:
         """What a process takes of the GPU beside this one: CUDA itself, half a GiB, and what it computes on.

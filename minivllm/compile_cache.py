@@ -56,10 +56,9 @@ def wished_folder() -> str | None:
     """What torch's variable says, if somebody has set it. None for /tmp/torchinductor_USER: torch sets that itself when its
     compiler is imported, and processes that are started from there inherit it.
     """
-    folder = os.environ.get(VARIABLE) or ""
-    parent, name = os.path.split(os.path.abspath(folder))
-    is_default = parent == tempfile.gettempdir() and name.startswith("torchinductor_")
-    return folder if folder and not is_default else None
+    folder = os.environ.get(VARIABLE) or None
+    parent, name = os.path.split(os.path.abspath(folder or ""))
+    return None if parent == tempfile.gettempdir() and name.startswith("torchinductor_") else folder
 
 
 def writable_folder() -> Path:

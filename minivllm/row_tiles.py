@@ -31,16 +31,16 @@ WHOLE_ROWS = ((4096, 1024), (65_536, 2048))  # at least so many rows, each of up
 ROWS_AT_ONCE, TILE, LONG_TILE, NUM_WARPS = 4, 512, 1024, 4
 FEWEST_SUMS = 256  # fewer are better off with many threads each; and rows below TILE are no weights
 # A norm's row: torch would time a program that holds all of it and one that reads it in two parts, and take now this, now that.
-SHORTEST_NORM, NORM_TILE, NORM_WARPS = 2048 + TILE, 4096, 16
+NORMS, NORM_WARPS = range(2048 + TILE, 4096 + TILE, TILE), 16
 
 
 def tiles_of(num_sums: int | None, length: int) -> dict[str, int] | None:
     """What one program takes of `num_sums` rows (None: of any number) of `length` numbers; None leaves it to torch.compile."""
     rows, warps = 1, NUM_WARPS
     if num_sums is None or num_sums < FEWEST_SUMS:
-        if length % TILE or not SHORTEST_NORM <= length <= NORM_TILE:
+        tile, warps = NORMS[-1], NORM_WARPS
+        if length not in NORMS:
             return None
-        tile, warps = NORM_TILE, NORM_WARPS
     elif length < TILE:
         return None
     elif any(num_sums >= fewest and length <= longest for fewest, longest in WHOLE_ROWS):
@@ -59,8 +59,7 @@ class RowTiles(InductorChoices):
 
     def uuid(self) -> str:
         """For torch's cache: what is compiled depends on these numbers as well."""
-        numbers = WHOLE_ROWS, ROWS_AT_ONCE, TILE, LONG_TILE, NUM_WARPS, FEWEST_SUMS, SHORTEST_NORM, NORM_TILE, NORM_WARPS
-        return f"minivllm {numbers}"
+        return f"minivllm {(WHOLE_ROWS, ROWS_AT_ONCE, TILE, LONG_TILE, NUM_WARPS, FEWEST_SUMS, NORMS, NORM_WARPS)}"
 
     def triton_kernel_kwargs(self, kernel_cls: Any, features: Any, groups: Any, kernel_kwargs: dict[str, Any]) -> dict[str, Any]:
         """How a kernel is generated. `groups` holds its axes, here {"x": number of sums, "r0_": numbers in each}."""
@@ -69,7 +68,6 @@ class RowTiles(InductorChoices):
         if set(axes) != {"x", "r0_"} or not axes["r0_"].is_number:
             return kwargs
         num_sums = int(axes["x"]) if axes["x"].is_number else None  # with several tokens it is a symbol
-        tiles = tiles_of(num_sums, int(axes["r0_"]))
-        if tiles is None:
+        if (tiles := tiles_of(num_sums, int(axes["r0_"]))) is None:
             return kwargs
         return kwargs | {"fixed_config": FixedTritonConfig(tiles), "override_persistent_reduction": False}
