@@ -57,8 +57,7 @@ def wished_folder() -> str | None:
     compiler is imported, and processes that are started from there inherit it.
     """
     folder = os.environ.get(VARIABLE) or None
-    parent, name = os.path.split(os.path.abspath(folder or ""))
-    return None if parent == tempfile.gettempdir() and name.startswith("torchinductor_") else folder
+    return None if folder and Path(folder).absolute().match(f"{tempfile.gettempdir()}/torchinductor_*") else folder
 
 
 def writable_folder() -> Path:

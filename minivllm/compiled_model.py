@@ -70,7 +70,8 @@ def second_half(num_tokens: int) -> Callable[..., Tensor]:
 ONE_TOKEN: dict[str, Any] = {"realize_acc_reads_threshold": 1, "triton.enable_pdl": True}
 
 # Of a kernel's possible tiles torch takes one by rules. For sums its option "deterministic" says so too, but the first function
-# that is compiled sets that back (torch.use_deterministic_algorithms). This one is there for torch's own tests, and stays.
+# that is compiled sets that back (torch.use_deterministic_algorithms). This one is there for torch's own tests, and stays; a
+# torch without it would time them again.
 NOTHING_TIMED = {"triton.autotune_pointwise": False, "test_configs.force_filter_reduction_configs": True}
 
 
@@ -93,7 +94,8 @@ def compiling() -> Iterator[None]:
 
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, COMPILED_SHAPES)  # for good: they stay
     collects = gc.isenabled()
-    with (V.set_choices_handler(RowTiles()), inductor.patch(NOTHING_TIMED), torch._dynamo.config.patch(specialize_float=True)):
+    known = {name: NOTHING_TIMED[name] for name in inductor.get_config_copy() if name in NOTHING_TIMED}
+    with V.set_choices_handler(RowTiles()), inductor.patch(known), torch._dynamo.config.patch(specialize_float=True):
         gc.disable()
         try:
             yield
