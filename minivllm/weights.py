@@ -172,7 +172,7 @@ def load_model(folder: str | os.PathLike[str], dtype: str | torch.dtype = "auto"
 
 def load_dummy_model(config: ModelConfig, dtype: str | torch.dtype = "auto", device: torch.device | str = "cpu",
                      seed: int = 0) -> Qwen2ForCausalLM:
-    """Random weights in the true shape, for `load_format="dummy"`: speed does not depend on their values, text does.
+    """Random weights in the true shape, for `load_format="dummy"`: text depends on their values, speed hardly.
 
     Norms are 1, so that numbers neither vanish nor overflow on their way through the layers.
     """
