@@ -75,7 +75,7 @@ class RowTensors:
         """What a row starts with beside tokens and blocks: one upload, with numbers as the bits of 64."""
         keys = seed_keys(torch.tensor([one.seed for one in new])).T  # (2, n)
         integers = np.stack((np.array(rows), [one.num_computed_tokens for one in new], *keys.numpy()))
-        numbers = np.array([[one.sampling_params.temperature, *row_cuts(one)] for one in new]).T  # (8, n) float64
+        numbers = np.array([[one.sampling_params.temperature, *row_cuts(one)] for one in new], np.float64).T  # (8, n)
         where = upload(np.concatenate((integers, numbers.view(np.int64))), self.device)
         row, cuts = where[0], where[4:].view(torch.float64).float()
         self.positions[row], self.seed_keys[row] = where[1].int(), where[2:4].int().T
@@ -85,7 +85,7 @@ class RowTensors:
 def row_cuts(new: NewRequestData) -> list[float]:
     """What `RowTensors.cuts` holds of a request. A greedy one cuts nothing off."""
     params = new.sampling_params
-    cuts = NO_CUTS if params.is_greedy else (max(params.top_k, 0), params.top_p, params.min_p)
+    cuts = NO_CUTS if params.is_greedy else (min(max(params.top_k, 0), MOST_TOP_K + 1), params.top_p, params.min_p)
     return [*cuts, params.repetition_penalty, params.presence_penalty, params.frequency_penalty, new.num_prompt_tokens]
 
 

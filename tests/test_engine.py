@@ -274,6 +274,25 @@ def test_wrong_sampling_parameters_are_refused_by_name(params, named):
     assert error.value.parameter == named
 
 
+@pytest.mark.parametrize("large", [2**63, 2**64, 10**400])
+def test_no_integer_is_too_large_for_a_step(large):
+    """Python's integers have no end, a tensor's do: each one means what it says, or is refused by name before it runs."""
+    llm = make_llm()
+    plain = {"temperature": 0.9, "seed": 1, "ignore_eos": True, "max_tokens": 6}
+
+    def answer(**more) -> list[list[int]]:
+        return tokens_of(llm.generate(prompts_of(5), SamplingParams(**plain | more), use_tqdm=False))
+
+    assert answer(top_k=large) == answer(), "a top_k beyond the vocabulary cuts nothing off"
+    assert len(answer(max_tokens=large)[0]) == 64 - 5, "the context ends first"
+    if large < 1e30:
+        assert answer(repetition_penalty=large) == answer(repetition_penalty=float(large)) != answer()
+    for name in ("repetition_penalty", "min_tokens", "logprobs", "prompt_logprobs", "seed", "n"):
+        if (name, large < 1e30) != ("repetition_penalty", True):
+            with pytest.raises(ValidationError, match=name):
+                answer(**{name: large})
+
+
 def test_ten_engines_in_a_row_give_their_memory_and_threads_back():
     """`with LLM(...)` ten times leaves no thread, and a closed engine says so."""
     import threading
