@@ -274,7 +274,7 @@ def test_wrong_sampling_parameters_are_refused_by_name(params, named):
     assert error.value.parameter == named
 
 
-@pytest.mark.parametrize("large", [2**63, 2**64, 10**400])
+@pytest.mark.parametrize("large", [2**63, 2**64, 10**400], ids=["2**63", "2**64", "10**400"])
 def test_no_integer_is_too_large_for_a_step(large):
     """Python's integers have no end, a tensor's do: each one means what it says, or is refused by name before it runs."""
     llm = make_llm()
