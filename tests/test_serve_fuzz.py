@@ -65,7 +65,7 @@ def check(status: int, content: bytes) -> dict | None:
 
 ODD = ["", "tiny", "a", "\u2028", "🙂", "\x00", "user", "left", "none", "auto", "Once upon", "9" * 30]
 WORDS = st.sampled_from(ODD) | st.text(max_size=8)
-NUMBERS = st.sampled_from([-(2**63), -1, 0, 1, 2, 5, 20, 64, 320, 2**63 - 1, 2**64]) | st.integers(-3, 30)
+NUMBERS = st.sampled_from([-(2**63), -1, 0, 1, 2, 5, 20, 64, 320, 2**63 - 1, 2**64, 10**400]) | st.integers(-3, 30)
 ANYTHING = st.recursive(st.none() | st.booleans() | NUMBERS | st.floats(allow_nan=False, allow_infinity=False) | WORDS,
                         lambda inner: st.lists(inner, max_size=3) | st.dictionaries(WORDS, inner, max_size=3), max_leaves=6)
 
