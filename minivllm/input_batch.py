@@ -83,7 +83,7 @@ class RowTensors:
 
 
 def row_cuts(new: NewRequestData) -> list[float]:
-    """What `RowTensors.cuts` holds of a request. A greedy one cuts nothing off, and a top_k that no graph looks at is only large."""
+    """What `RowTensors.cuts` holds of a request. A greedy one cuts nothing off; a top_k that no graph looks at is just large."""
     params = new.sampling_params
     cuts = NO_CUTS if params.is_greedy else (min(max(params.top_k, 0), MOST_TOP_K + 1), params.top_p, params.min_p)
     return [*cuts, params.repetition_penalty, params.presence_penalty, params.frequency_penalty, new.num_prompt_tokens]
