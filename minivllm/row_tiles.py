@@ -38,9 +38,9 @@ def tiles_of(num_sums: int | None, length: int) -> dict[str, int] | None:
     """What one program takes of `num_sums` rows (None: of any number) of `length` numbers; None leaves it to torch.compile."""
     rows, warps = 1, NUM_WARPS
     if num_sums is None or num_sums < FEWEST_SUMS:
-        tile, warps = NORMS[-1], NORM_WARPS
         if length not in NORMS:
             return None
+        tile, warps = NORMS[-1], NORM_WARPS
     elif length < TILE:
         return None
     elif any(num_sums >= fewest and length <= longest for fewest, longest in WHOLE_ROWS):
