@@ -5,17 +5,19 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import json
+import os
 import re
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny_models import random_qwen2
 
-from minivllm.bench import latency, report, throughput
+from minivllm.bench import backends, latency, report, throughput
 from minivllm.bench.backends import Counters, ModelSpec, open_backend, require_installed, sampling_kwargs
 from minivllm.bench.command import main
 from minivllm.bench.environment import describe_environment, installed_version
@@ -25,6 +27,7 @@ from minivllm.bench.measure import Measured, agreement, measure_all
 from minivllm.bench.workload import BenchRequest, Source, Workload, random_requests
 from minivllm.config import ModelConfig
 from minivllm.exceptions import ValidationError
+from minivllm.sampling_params import SamplingParams
 
 ENGINE = ("--num-blocks", "64", "--dtype", "float32", "--device", "cpu")
 MIXED = Workload("mixed", random_requests(Source.of(0, range(128)), 6, 12, 9, 0.8), temperature=0.0)
@@ -272,6 +275,41 @@ def test_a_folder_named_vllm_is_no_vllm(tmp_path, monkeypatch):
         assert "vllm" not in describe_environment(torch.device("cpu"))
         with pytest.raises(ValidationError, match="vllm is not installed"):
             require_installed(["vllm"])
+
+
+class VllmOfTheTest:
+    """What the bench calls of vLLM's `LLM`. Answers each prompt with its length, max_tokens times, and notes what it is told."""
+
+    def __init__(self, **kwargs):
+        self.told, self.start_method, self.calls = kwargs, os.environ["VLLM_WORKER_MULTIPROC_METHOD"], []
+        self.llm_engine = SimpleNamespace(engine_core=SimpleNamespace(shutdown=lambda: self.calls.append("shutdown")))
+
+    def reset_prefix_cache(self):
+        self.calls.append("reset")
+
+    def generate(self, prompts, params, use_tqdm):
+        answers = [(len(prompt["prompt_token_ids"]),) * one.max_tokens for prompt, one in zip(prompts, params, strict=True)]
+        return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=answer)]) for answer in answers]
+
+
+def test_vllm_is_told_what_both_engines_know_and_else_keeps_its_defaults(monkeypatch):
+    """Nothing that only we have, no statistics that cost it time, and a spawned engine: a forked one cannot use a CUDA that was
+    asked about before.
+    """
+    monkeypatch.setattr(backends, "installed_version", lambda name: "0.0.1")
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=VllmOfTheTest, SamplingParams=SamplingParams))
+    monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "to be removed, and put back to nothing afterwards")
+    monkeypatch.delenv("VLLM_WORKER_MULTIPROC_METHOD")
+    backend = open_backend("vllm", spec_of("/shape", max_num_seqs=8, enable_prefix_caching=False))
+    llm = backend.llm
+    backend.prepare(MIXED, None)
+    ids = backend.generate(MIXED)
+    backend.close()
+    assert llm.told == {"model": "/shape", "dtype": "float32", "max_num_seqs": 8, "enable_prefix_caching": False,
+                        "skip_tokenizer_init": True}
+    assert llm.start_method == "spawn", "its engine would be forked"
+    assert ids == [[len(one.prompt_token_ids)] * one.max_tokens for one in MIXED.requests], "answers are not in order"
+    assert llm.calls == ["reset", "shutdown"], "its cache was not emptied, or its process lives on"
 
 
 def test_a_model_that_transformers_cannot_load_is_told_in_one_line(folder, tmp_path, capsys):

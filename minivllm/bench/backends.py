@@ -10,6 +10,7 @@ Owns how each engine is called, in its best fair form, and no clock. A backend i
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -139,7 +140,10 @@ class MinivllmBackend:
 
 
 class VllmBackend:
-    """vLLM's offline `LLM` with its own defaults, and the arguments that both engines know."""
+    """vLLM's offline `LLM` with its own defaults, and the arguments that both engines know.
+
+    So it keeps no statistics: with them its front end needs 0.8 ms for a step of 256 requests, without 0.1 (2 cores).
+    """
 
     name = "vllm"
 
@@ -147,8 +151,10 @@ class VllmBackend:
         require_installed(["vllm"])
         from vllm import LLM  # type: ignore[import-not-found, unused-ignore]
 
+        # Its engine is a process of its own. A fork would inherit that CUDA was asked about here, and could not use it.
+        os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
         shared = {name: value for name, value in model.engine_kwargs.items() if name in SHARED_WITH_VLLM}
-        self.llm = LLM(**(shared | {"model": model.folder, "skip_tokenizer_init": True, "disable_log_stats": False}))
+        self.llm = LLM(**(shared | {"model": model.folder, "skip_tokenizer_init": True}))
 
     def sizes(self, workload: Workload) -> Sequence[int | None]:
         return [None]
@@ -164,10 +170,9 @@ class VllmBackend:
         return [list(output.outputs[0].token_ids) for output in self.llm.generate(prompts, params, use_tqdm=False)]
 
     def counters(self) -> Counters:
-        found = {metric.name.removeprefix("vllm:"): getattr(metric, "value", None) for metric in self.llm.get_metrics()}
-        return Counters(*(found.get(name) for name in ("prefix_cache_queries", "prefix_cache_hits", "num_preemptions")))
+        return Counters()
 
     def close(self) -> None:
-        self.llm.llm_engine.engine_core.shutdown()  # its engine is a process of its own, and holds the GPU's memory
+        self.llm.llm_engine.engine_core.shutdown()  # that process holds the GPU's memory
         del self.llm
         release_memory()
