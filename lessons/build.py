@@ -100,10 +100,23 @@ def execute(path: Path) -> nbformat.NotebookNode:
     notebook.metadata = clean  # the kernel adds the version of Python
     for cell in notebook.cells:
         cell.metadata = {}
+        if "outputs" in cell:
+            cell.outputs = joined(cell.outputs)
         for output in cell.get("outputs", ()):
             if output.get("name") == "stderr":
                 raise RuntimeError(f"{path.name} writes to stderr: {output.text}")
     return notebook
+
+
+def joined(outputs: list[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
+    """Outputs in which text that follows text is one: the kernel of a busy machine may send a line and its end apart."""
+    whole: list[nbformat.NotebookNode] = []
+    for output in outputs:
+        if whole and output.output_type == whole[-1].output_type == "stream" and output.name == whole[-1].name:
+            whole[-1].text += output.text
+        else:
+            whole.append(output)
+    return whole
 
 
 def render(path: Path) -> dict[Path, str]:

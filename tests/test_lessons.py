@@ -43,6 +43,20 @@ def test_there_are_lessons():
     assert [int(path.name[:2]) for path in LESSONS] == list(range(15)), f"{[path.name for path in LESSONS]}"
 
 
+def test_text_that_comes_in_pieces_is_one_output():
+    """A busy machine's kernel sends `a`, then its line end: one output, as on a quiet one. A picture between keeps its place."""
+    pytest.importorskip("nbconvert")
+    from nbformat.v4 import new_output
+
+    def text(words: str, name: str = "stdout"):
+        return new_output("stream", name=name, text=words)
+
+    picture = new_output("display_data", data={"text/plain": "picture"})
+    outputs = load_build().joined([text("a"), text("\n"), text("b\n"), picture, text("c"), text("d", "stderr"), text("\n")])
+    assert [output.get("text", "picture") for output in outputs] == ["a\nb\n", "picture", "c", "d", "\n"]
+    assert load_build().joined([]) == []
+
+
 def test_a_lesson_is_cut_into_cells():
     """Prose and code alternate as they are marked, and empty cells are left out."""
     pytest.importorskip("nbconvert")
