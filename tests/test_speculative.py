@@ -114,6 +114,7 @@ def greedy_workloads(draw):
 SEEN: Counter[str] = Counter()
 
 
+@pytest.mark.xdist_group("speculative")
 @settings(max_examples=examples(100))
 @given(greedy_workloads())
 def test_greedy_tokens_equal_hugging_face_whoever_guesses(drawn):
@@ -142,6 +143,7 @@ def test_greedy_tokens_equal_hugging_face_whoever_guesses(drawn):
     llm.close()
 
 
+@pytest.mark.xdist_group("speculative")
 def test_the_workloads_above_meet_what_they_are_for():
     """Drafts of every proposer, right and wrong ones, and preemptions among them. Runs behind the test before."""
     if not SEEN:

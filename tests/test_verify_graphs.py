@@ -72,6 +72,7 @@ def drawn_workloads(draw):
     return requests, knobs, proposer, draw(st.sampled_from([0.0, 0.5, 0.9, 1.0])), draw(st.integers(1, 5)), draw(st.integers(0, 99))
 
 
+@pytest.mark.xdist_group("verify_graphs")
 @settings(max_examples=examples(30), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(drawn_workloads())
 def test_verified_by_graph_every_request_says_what_it_says_alone(flex_on_cpu, drawn):  # noqa: F811
@@ -96,6 +97,7 @@ def test_verified_by_graph_every_request_says_what_it_says_alone(flex_on_cpu, dr
     llm.close()
 
 
+@pytest.mark.xdist_group("verify_graphs")
 def test_the_workloads_above_go_every_way():
     """Verifications by graph, decodes by graph, steps with prompts among them, preemptions, refused drafts. Last in turn."""
     if not WAYS:
