@@ -31,5 +31,3 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     if getattr(options, "numprocesses", 0) is None and not (is_worker or options.usepdb or options.collectonly):
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         options.numprocesses = num_workers(config.args_source == pytest.Config.ArgsSource.TESTPATHS, cores) or None
-        if options.numprocesses and options.dist == "no":
-            options.dist = "loadgroup"  # a test that counts what another has done is run by the same process

@@ -114,15 +114,15 @@ def greedy_workloads(draw):
 SEEN: Counter[str] = Counter()
 
 
-@pytest.mark.xdist_group("speculative")
 @settings(max_examples=examples(100))
 @given(greedy_workloads())
-def test_greedy_tokens_equal_hugging_face_whoever_guesses(drawn):
-    """Any shape, pool, budget and chunking, and any drafts: the tokens are those of `generate`."""
+def greedy_tokens_equal_hugging_face(drawn):
     workload, who, k, right, seed = drawn
     shape, dtype = workload["model"], workload["dtype"]
     model, folder = oracle(*shape, dtype)
     prompts = make_prompts(workload["lengths"], workload["shared"], workload["seed"])
+    if who == "ngram":  # it guesses where something comes again, which in random prompts nothing does
+        prompts = [[prompt[index % 3] for index in range(len(prompt))] for prompt in prompts]
     expected = [hf_greedy(model, prompt, workload["max_tokens"]) for prompt in prompts]
     others = {"itself": folder, "another": oracle(1 - shape[0], *shape[1:], dtype)[1]}
     asked = NGRAM | {"num_speculative_tokens": k} if who not in others else {"model": others[who], "num_speculative_tokens": k}
@@ -143,11 +143,12 @@ def test_greedy_tokens_equal_hugging_face_whoever_guesses(drawn):
     llm.close()
 
 
-@pytest.mark.xdist_group("speculative")
-def test_the_workloads_above_meet_what_they_are_for():
-    """Drafts of every proposer, right and wrong ones, and preemptions among them. Runs behind the test before."""
-    if not SEEN:
-        pytest.skip("the property test did not run")
+def test_greedy_tokens_equal_hugging_face_whoever_guesses():
+    """Any shape, pool, budget and chunking, and any drafts: the tokens are those of `generate`. Among them are drafts of every
+    proposer, right and wrong ones, and preemptions.
+    """
+    SEEN.clear()
+    greedy_tokens_equal_hugging_face()
     assert SEEN["replay drafts"] > SEEN["replay accepted"] > 0
     assert min(SEEN[f"{who} drafts"] for who in ("ngram", "itself", "another")) > 0
     assert SEEN["preemptions while speculating"] > 0
