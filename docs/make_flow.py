@@ -23,6 +23,7 @@ BOXES = {
     "input_processor": (0, 3, "a prompt, checked", "#d5efe3"),
     "scheduler": (1, 3, "tokens for each request", "#d5efe3"),
     "model_runner": (2, 3, "a schedule, as tensors", "#d5efe3"),
+    "step_sampler": (3, 3, "who samples, and how", "#d5efe3"),
     "output_processor": (4, 3, "tokens, as answers", "#d5efe3"),
     "request_queue": (0, 4, "who waits, in order", "#efe0f0"),
     "kv_cache": (1, 4, "block tables, prefix hits", "#efe0f0"),
@@ -35,8 +36,8 @@ BOXES = {
 ARROWS = (  # who imports whom
     ("llm", "engine"), ("serve.app", "serve.service"), ("async_engine", "engine"),
     ("engine", "input_processor"), ("engine", "scheduler"), ("engine", "model_runner"), ("engine", "output_processor"),
-    ("scheduler", "request_queue"), ("scheduler", "kv_cache"), ("model_runner", "model"), ("model_runner", "sampler"),
-    ("output_processor", "detokenizer"), ("kv_cache", "block_pool"),
+    ("scheduler", "request_queue"), ("scheduler", "kv_cache"), ("model_runner", "model"), ("model_runner", "step_sampler"),
+    ("step_sampler", "sampler"), ("output_processor", "detokenizer"), ("kv_cache", "block_pool"),
 )
 CALLS = (("serve.service", "async_engine"), ("model", "attention"))  # who calls whom through an interface: dashed
 

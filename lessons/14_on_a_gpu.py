@@ -74,6 +74,9 @@ assert regions.total() == 49, "calls of the host for the model: 25 regions and 2
 show(read_rows)
 
 # %%
+show(DecodeGraphs.choose)
+
+# %%
 show(DecodeGraphs.run)
 
 # %% [markdown]
@@ -150,7 +153,7 @@ print("positions:", rows.positions.tolist())
 assert rows.positions[5] == 26, "row 5 was in no batch, and it has moved"
 
 # %% [markdown]
-# Request 5 has a token that nobody sampled for it, and nothing has failed. That is why `run` compares the index with
+# Request 5 has a token that nobody sampled for it, and nothing has failed. That is why `choose` compares the index with
 # what it should be, beyond the batch as well.
 #
 # ## The code: one step ahead

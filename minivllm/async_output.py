@@ -17,12 +17,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from minivllm.logprobs import LogprobsTensors, to_dicts
-from minivllm.request import Logprob
+from minivllm.logprobs import LogprobsTensors, PromptLogprobs, to_dicts
 from minivllm.scheduler_output import ModelOutput
 from minivllm.speculative import accepted_run
-
-PromptLogprobs = dict[str, tuple[int, list[dict[int, Logprob]]]]
 
 
 def download(tensor: Tensor) -> Tensor:
@@ -67,8 +64,12 @@ class AsyncOutput:
             return output
         if self.is_done is not None:
             self.is_done.synchronize()
-        for name, token in zip(self.request_ids, self.token_ids.tolist()):
-            output.sampled_token_ids.setdefault(name, []).append(token)
+        tokens = self.token_ids.tolist()
+        if self.drafts:
+            for name, token in zip(self.request_ids, tokens):
+                output.sampled_token_ids.setdefault(name, []).append(token)
+        else:  # every request comes once
+            output.sampled_token_ids = {name: [token] for name, token in zip(self.request_ids, tokens)}
         if self.logprobs is not None:
             for index, entry in zip(self.asked, to_dicts(self.logprobs, list(self.asked.values()))):
                 output.logprobs.setdefault(self.request_ids[index], []).append(entry)

@@ -34,10 +34,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minivllm import one_token
 from minivllm.attention import allocate_kv_cache
 from minivllm.compile_cache import CompileCache, wished_folder, writable_folder
-from minivllm.compiled_model import compiling
+from minivllm.compiled_model import compiling, first_half
 from minivllm.config import EngineConfig, ModelConfig
 from minivllm.cuda_graphs import DecodeGraphs, bucket_sizes
 from minivllm.flex_attention import FlexPagedAttention, num_splits
@@ -137,9 +136,8 @@ def queries(model: ModelConfig, size: int, dtype: torch.dtype, device: str) -> T
     A layer on the device "meta", which has shapes and no numbers, says which.
     """
     layer = DecoderLayer(model, dtype, "meta")
-    before = one_token.before_attention if size == 1 else DecoderLayer.before_attention
     cos, sin = RotaryEmbedding(model, "meta")(torch.zeros(size, device="meta"), dtype)
-    q = before(layer, torch.zeros(size, model.hidden_size, dtype=dtype, device="meta"), cos, sin, NoAttention(), None)
+    q = first_half(size)(layer, torch.zeros(size, model.hidden_size, dtype=dtype, device="meta"), cos, sin, NoAttention(), None)
     return torch.empty_strided(q.shape, q.stride(), dtype=dtype, device=device)  # to be copied there would close the gaps
 
 

@@ -1,7 +1,7 @@
 """Lesson 14. The model in compiled regions: what lies between two attentions becomes one function, and all layers share it.
 
 Owns where torch.compile cuts. A layer is cut at its look back, since attention has kernels of its own, some for one batch size;
-the rest of it and the beginning of the next layer are one region, so that adding, norm, rotation and the write of the KV
+the rest of it and the beginning of the next layer are one region, so that adding, norm, silu, rotation and the write of the KV
 become four kernels around the matrix products. Compiling all 24 layers at once takes 40 s for every batch size; one region
 takes a few, once, because the weights are its inputs.
 
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from minivllm import one_token
 from minivllm.attention import PagedAttention
-from minivllm.model import DecoderLayer, Qwen2ForCausalLM, Qwen2Model
+from minivllm.model import DecoderLayer, Qwen2ForCausalLM, Qwen2Model, rope
 from minivllm.split_linear import MOST_TOKENS, split_linears
 
 # torch.compile gives a function up after 8 shapes unless told otherwise. 1,024 requests have 28 buckets, and three kinds of steps
@@ -53,11 +53,29 @@ def closing(model: Qwen2Model, x: Tensor, seen: Tensor, after: Callable[..., Ten
     return model.norm(after(model.layers[-1], x, seen))
 
 
+def before_attention(layer: DecoderLayer, x: Tensor, cos: Tensor, sin: Tensor, cache: Any, slot_mapping: Tensor) -> Tensor:
+    """The layer's own, whose rotation and write to the cache would be two kernels: one goes through queries and keys, the other
+    through keys and values. Here both go through all heads. It gives queries (T, H, D) of x (T, E).
+    """
+    attention = layer.self_attn
+    heads = attention.qkv_proj(layer.input_layernorm(x)).unflatten(-1, (-1, attention.head_dim))  # (T, H + 2K, D)
+    turns = torch.arange(heads.shape[1], device=x.device)[:, None] < attention.num_heads + attention.num_kv_heads  # values do not
+    heads = torch.where(turns, rope(heads, cos, sin), heads)
+    cache.write_heads(heads, slot_mapping)
+    return heads[:, : attention.num_heads]
+
+
 def after_attention(layer: DecoderLayer, x: Tensor, seen: Tensor) -> Tensor:
     """The layer's own, on x (1, T, E): inductor would make `x + product` of (T, E) one call of the library, which copies x first.
-    As a part of the norm that follows, the addition is free.
+    As a part of the norm that follows, the addition is free. Its result is stored there, or the next norm would add it up again.
     """
-    return layer.after_attention(x[None], seen)[0]
+    x = one_token.in_memory(x[None] + layer.self_attn.o_proj(seen.flatten(1)))
+    return (x + layer.mlp(layer.post_attention_layernorm(x)))[0]
+
+
+def first_half(num_tokens: int) -> Callable[..., Tensor]:
+    """How a layer begins, up to its look back."""
+    return one_token.before_attention if num_tokens == 1 else before_attention
 
 
 def second_half(num_tokens: int) -> Callable[..., Tensor]:
@@ -65,9 +83,12 @@ def second_half(num_tokens: int) -> Callable[..., Tensor]:
     return one_token.after_attention if num_tokens == 1 else after_attention
 
 
-# The first switch keeps silu(gate) * up from being computed anew for every row of `down`. With the second a kernel starts while the
-# one before it ends, and waits only where it reads what that one wrote (Programmatic Dependent Launch).
-ONE_TOKEN: dict[str, Any] = {"realize_acc_reads_threshold": 1, "triton.enable_pdl": True}
+# A kernel starts while the one before it ends, and waits only where it reads what that one wrote (Programmatic Dependent Launch):
+# its weights are on their way by then.
+ONE_TOKEN: dict[str, Any] = {"triton.enable_pdl": True}
+
+# The sum of a product's parts is not stored before its heads are rotated, which reads each number twice.
+MANY_TOKENS: dict[str, Any] = {"realize_reads_threshold": 20, "realize_opcount_threshold": 100}
 
 # Of a kernel's possible tiles torch takes one by rules. For sums its option "deterministic" says so too, but the first function
 # that is compiled sets that back (torch.use_deterministic_algorithms). This one is there for torch's own tests, and stays; a
@@ -110,11 +131,11 @@ class OneAndMany:
     Its arguments that are tensors have a line for each token. Of these the number may vary; all other sizes are constants.
     """
 
-    def __init__(self, function: Callable[..., Any]) -> None:
+    def __init__(self, function: Callable[..., Any], many: dict[str, Any] | None = None) -> None:
         from minivllm.row_tiles import RowTiles  # the compiler: two seconds
 
         self.one = torch.compile(function, dynamic=False, options=ONE_TOKEN | {"inductor_choices_class": RowTiles})
-        self.many = torch.compile(function, dynamic=False)
+        self.many = torch.compile(function, dynamic=False, options=many)
 
     def __call__(self, num_tokens: int, *args: Any) -> Any:
         if num_tokens == 1:
@@ -132,7 +153,7 @@ class CompiledModel:
         self.model = model.model
         for layer in self.model.layers:
             split_linears(layer)  # type: ignore[arg-type]
-        self.opening, self.between, self.closing = OneAndMany(opening), OneAndMany(between), OneAndMany(closing)
+        self.opening, self.between, self.closing = (OneAndMany(region, MANY_TOKENS) for region in (opening, between, closing))
 
     def __call__(self, input_ids: Tensor, positions: Tensor, kv_caches: Sequence[PagedAttention], metadata: Any,
                  wanted: Tensor | None = None) -> Tensor:
@@ -141,8 +162,7 @@ class CompiledModel:
         What a prompt's tokens have to give is in the cache before the last layer's second half, so only those go through it.
         """
         num_tokens, layers, slots = len(input_ids), self.model.layers, metadata.slot_mapping
-        before: Callable[..., Tensor] = one_token.before_attention if num_tokens == 1 else DecoderLayer.before_attention
-        after = second_half(num_tokens)
+        before, after = first_half(num_tokens), second_half(num_tokens)
         # Graphs have positions of 4 bytes, an upload of 8: torch.compile would make one more function for another type.
         x, cos, sin, q = self.opening(num_tokens, self.model, input_ids, positions.int(), kv_caches[0], slots, before)
         for index in range(len(layers) - 1):

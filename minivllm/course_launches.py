@@ -74,6 +74,15 @@ class Replay:
             self.keep(self.compute())
 
 
+class ReadableCache(PagedAttention):
+    """The readable attention, written as a compiled layer does: all heads at once, those of queries first, which nobody keeps."""
+
+    def write_heads(self, heads: Tensor, slot_mapping: Tensor) -> None:
+        """Put keys and values, the last 2K of heads (T, H + 2K, D), into their slots."""
+        k, v = heads[:, -2 * len(self.key_cache) :].chunk(2, dim=1)
+        self.write(k, v, slot_mapping)
+
+
 class DecodeStep:
     """Requests in the middle of their answers: row i is at position 20 + i, in blocks 1 + 4i .. 4 + 4i of a pool."""
 
@@ -121,7 +130,7 @@ class DecodeStep:
             compiled: Any = CompiledModel(self.model)
             for name in ("opening", "between", "closing"):
                 setattr(compiled, name, counted(name, getattr(compiled, name)))
-            caches: list[Any] = [PagedAttention(layer, BLOCK_SIZE) for layer in self.kv]
+            caches: list[Any] = [ReadableCache(layer, BLOCK_SIZE) for layer in self.kv]
             for cache in caches:
                 cache.attend = counted("attention", cache.attend)
             ids, positions, _, metadata = self.inputs()

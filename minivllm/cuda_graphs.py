@@ -21,13 +21,14 @@ import torch
 from torch import Tensor
 
 from minivllm import one_token
-from minivllm.attention import PagedAttention, slot_mapping
+from minivllm.attention import PagedAttention, slot_mapping, zero_blocks
 from minivllm.compiled_model import OneAndMany
 from minivllm.flex_attention import FlexMetadata, decode_metadata, ends
-from minivllm.input_batch import RowTensors, upload
+from minivllm.input_batch import MOST_NEW_BLOCKS, RowTensors, upload, upload_into
 from minivllm.model import Qwen2ForCausalLM
 from minivllm.sampler import sample_plain
 
+ZERO_BUCKETS = (8, MOST_NEW_BLOCKS)
 WARM_UP_RUNS = 2  # the first compiles, the second runs what was compiled
 
 
@@ -116,7 +117,11 @@ class DecodeGraphs:
         self.use_graphs, self.use_compile = use_graphs, use_compile
         self.index = torch.full((max_num_seqs,), rows.padding_row, dtype=torch.int64, device=rows.device)
         self.host_index = np.full(max_num_seqs, rows.padding_row)  # what `index` holds
+        # (max_num_seqs, E) what the head reads behind other steps. A process that compiles samplers has no model.
+        self.states = torch.empty(0) if model is None else model.model.norm.weight.new_zeros(max_num_seqs, model.config.hidden_size)
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self.heads: dict[int, torch.cuda.CUDAGraph] = {}
+        self.tokens: dict[int, Tensor] = {}  # results of `heads`
         self.results: dict[int, tuple[Tensor, Tensor]] = {}
         self.read_rows: Any = OneAndMany(read_rows) if use_compile else lambda _, *args: read_rows(*args)
         self.compute_logits: Any = OneAndMany(head) if use_compile else lambda _, model, hidden: model.compute_logits(hidden)
@@ -124,8 +129,10 @@ class DecodeGraphs:
 
     def capture(self) -> float:
         """Compile and record every bucket. Touches the null block only. Returns the seconds that recording took."""
-        self.graphs, self.results, seconds = record(self.compute, bucket_sizes(self.max_num_seqs))
-        return seconds
+        sizes = bucket_sizes(self.max_num_seqs)
+        self.graphs, self.results, seconds = record(self.compute, sizes)
+        self.heads, self.tokens, more = record(self.compute_head, sizes)
+        return seconds + more
 
     def compute(self, size: int) -> tuple[Tensor, Tensor]:
         """One decode step of the first `size` entries of `index`: logits (B, V) and a token (B,) for each."""
@@ -141,6 +148,18 @@ class DecodeGraphs:
         hidden = self.forward(input_ids, positions, self.kv_caches, FlexMetadata(slots, decode, None, size))  # (B, E)
         return self.compute_logits(size, self.model, hidden)
 
+    def compute_head(self, size: int) -> Tensor:
+        """Logits and a token (B,) for each of the first `size` hidden states in `states`. The logits go where the decode step of
+        this size leaves its own, so whoever draws once more (graph_sampler.py) finds both in one place.
+        """
+        logits = self.compute_logits(size, self.model, self.states[:size])
+        token_ids = self.sample(logits, self.index[:size])
+        if self.use_graphs:
+            self.results[size][0].copy_(logits)
+        else:
+            self.results[size] = logits, token_ids
+        return token_ids
+
     def sample(self, logits: Tensor, index: Tensor) -> Tensor:
         """A plainly sampled token (R,) for each of the logits (R, V) of the rows in `index` (R,).
 
@@ -151,15 +170,29 @@ class DecodeGraphs:
 
     def run(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
         """Logits (B, V) and plainly sampled tokens (B,) of one step of the requests in these rows (B,)."""
+        size, count = self.choose(rows), len(rows)
+        self.launch(size)
+        logits, token_ids = self.results[size]
+        return logits[:count], token_ids[:count]
+
+    def run_head(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+        """The same behind a step of any kind that has left hidden states (B, E) of these rows (B,) in `states`."""
+        size, count = self.choose(rows), len(rows)
+        if self.use_graphs:
+            self.heads[size].replay()
+        else:
+            self.tokens[size] = self.compute_head(size)
+        return self.results[size][0][:count], self.tokens[size][:count]
+
+    def choose(self, rows: np.ndarray) -> int:
+        """The bucket for these rows (B,), which `index` holds from now on."""
         count = len(rows)
         size = bucket_of(count, self.max_num_seqs)
         if not np.array_equal(self.host_index[:count], rows) or (self.host_index[count:size] != self.rows.padding_row).any():
             # Entries beyond the batch must not keep what a larger one left: they would write into rows of somebody else.
             self.host_index[:count], self.host_index[count:] = rows, self.rows.padding_row
-            self.index.copy_(upload(self.host_index, self.rows.device), non_blocking=True)
-        self.launch(size)
-        logits, token_ids = self.results[size]
-        return logits[:count], token_ids[:count]
+            upload_into(self.index, self.host_index)
+        return size
 
     def launch(self, size: int) -> None:
         """Let `results[size]` be those of one more step."""
@@ -167,3 +200,42 @@ class DecodeGraphs:
             self.graphs[size].replay()
         else:
             self.results[size] = self.compute(size)
+
+
+class NewBlocks:
+    """Zeroes what a step hands out: attention may read all of a block before all of it is written (0 * NaN is NaN).
+
+    By a graph, once there is one and there are few. Their numbers then go to the device with all else that changes in the rows.
+    """
+
+    def __init__(self, blocks: Tensor, rows: RowTensors) -> None:
+        self.blocks, self.rows = blocks, rows  # (num_blocks, layers, 2, K, P, D): one kernel for all layers
+        self.zero_blocks: Callable[..., None] = zero_blocks
+        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self.count = 0  # how many are noted
+
+    def capture(self) -> float:
+        """Compile and record every bucket, on null blocks. Returns the seconds that recording took."""
+        self.graphs, _, seconds = record(self.compute, ZERO_BUCKETS)
+        return seconds
+
+    def compute(self, size: int) -> None:
+        self.zero_blocks(self.blocks, self.rows.new_blocks[:size].long())
+
+    def zero(self, block_ids: np.ndarray) -> None:
+        """Zero these now, or note them for `run`."""
+        if self.graphs and len(block_ids) <= MOST_NEW_BLOCKS:
+            self.count = len(block_ids)
+            self.rows.note("new_blocks", np.arange(MOST_NEW_BLOCKS), np.pad(block_ids, (0, MOST_NEW_BLOCKS - self.count)))
+        else:  # a single one comes twice, and needs no kernel of its own
+            self.zero_blocks(self.blocks, upload(np.resize(block_ids, max(2, len(block_ids))), self.rows.device))
+
+    def run(self) -> None:
+        """Zero what was noted since the last run, and null blocks besides. The rows have been flushed."""
+        if self.count:
+            self.graphs[min(size for size in ZERO_BUCKETS if size >= self.count)].replay()
+            self.count = 0
+
+    def forget(self) -> None:
+        """A step that failed may have noted blocks which belong to others by now."""
+        self.count = 0

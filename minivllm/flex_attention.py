@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from minivllm.attention import PagedAttention
+from minivllm.attention import NULL_BLOCK, PagedAttention
 
 QUERY_TILE = 64  # FlexAttention's own block of queries; each tile belongs to one request
 # Into how many parts the kernel for decodes cuts each context: one program for each of a GPU's hundred-odd processors, all
@@ -186,13 +186,41 @@ class FlexPagedAttention(PagedAttention):
     def __init__(self, kv_cache: Tensor, block_size: int) -> None:
         super().__init__(kv_cache, block_size)
         self.keys, self.values = self.key_cache[None], self.value_cache[None]  # (1, K, num_slots, D) views
-        for tensor in (kv_cache, self.keys, self.values, self.keys._base):  # the last one holds all layers; in inference mode None
+        # Two writes to one tensor are two kernels for torch.compile. Of these here it cannot see that they are one.
+        self.same_memory = torch.from_dlpack(kv_cache)
+        # `_base` holds all layers; in inference mode it is None.
+        for tensor in (kv_cache, self.same_memory, self.keys, self.values, self.keys._base):
             if tensor is not None:
                 torch._dynamo.mark_static(tensor)  # its shape is a constant of every kernel
 
     def write(self, k: Tensor, v: Tensor, slot_mapping: Tensor) -> None:
         """One write to one tensor, the whole cache of the layer: a compiled write to a view of it would copy all of it."""
         self.kv_cache.index_copy_(2, slot_mapping, torch.stack((k, v)).transpose(1, 2))  # (2, K, T, D)
+
+    def write_heads(self, heads: Tensor, slot_mapping: Tensor) -> None:
+        """`write` of the last 2K of heads (T, H + 2K, D), as a loop over all of them, which torch.compile joins with the loop that
+        computes them.
+        """
+        self.kv_cache.index_put_(self.places(heads, slot_mapping), heads)
+
+    def write_halves(self, first: Tensor, second: Tensor, slot_mapping: Tensor) -> None:
+        """`write_heads` of one token, of each head (H + 2K, D/2) the first and the second half."""
+        places, lane = self.places(first[None], slot_mapping), torch.arange(first.shape[-1], device=first.device)
+        where = [place.view(-1, 1) for place in places]
+        self.kv_cache.index_put_((*where, lane), first)
+        self.same_memory.index_put_((*where, lane + len(lane)), second)
+
+    def places(self, heads: Tensor, slot_mapping: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of each of heads (T, H + 2K, ...) the first three indices in the cache. Queries, the first H, go where nobody reads, all
+        over the null block: in one place they would queue.
+        """
+        num_tokens, num_heads = heads.shape[:2]
+        num_kv_heads = len(self.key_cache)
+        head = torch.arange(num_heads, device=heads.device) - (num_heads - 2 * num_kv_heads)  # a query's is negative
+        nowhere = (torch.arange(num_tokens, device=heads.device)[:, None] + head) % self.block_size + NULL_BLOCK * self.block_size
+        # As a view of as many tokens: of two numbers of tokens torch.compile would not know that they are one, and make two loops.
+        slots = torch.where(head < 0, nowhere, slot_mapping.view(num_tokens, 1))  # (T, H + 2K)
+        return (head >= num_kv_heads).long(), head % num_kv_heads, slots
 
     def attend(self, q: Tensor, metadata: Any) -> Tensor:
         """Each query (T, H, D) over its own request's context, itself included."""

@@ -14,8 +14,12 @@ vLLM: vllm/v1/worker/gpu/states.py and block_table.py (model runner V2).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,7 +34,10 @@ from minivllm.scheduler_output import NewRequestData, SchedulerOutput
 NO_CUTS = (0.0, 1.0, 0.0)  # top_k, top_p, min_p: nothing is cut off
 MOST_TOP_K = 64  # what is put in order where a graph samples (graph_sampler.py)
 TINY_TEMPERATURE = 0.05  # below it a float32 of logit / temperature has no digits left for the noise
-WISHES = ("more than a temperature", "a nucleus", "masks", "everything", "prompt_logprobs")
+MOST_NEW_BLOCKS = 64  # that one step zeroes by a graph
+FLOATS = ("temperature", "cuts")  # fields of numbers with a fraction; all others are integers
+ALIGNMENT = 64  # numbers: torch.compile copies what does not begin at a multiple of 16 bytes
+WISHES = ("more than a temperature", "a nucleus", "masks", "everything", "prompt_logprobs", "logprobs")
 
 
 def upload(values: np.ndarray, device: torch.device) -> Tensor:
@@ -41,45 +48,98 @@ def upload(values: np.ndarray, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
+def upload_into(target: Tensor, values: np.ndarray) -> None:
+    """The same into memory of the device that is there already, of the same shape."""
+    tensor = torch.from_numpy(values)
+    target.copy_(tensor.pin_memory() if target.is_cuda else tensor, non_blocking=True)
+
+
 class RowTensors:
-    """Rows 0..num_rows-1, and one more that belongs to nobody: padded requests of a CUDA graph stand there."""
+    """Rows 0..num_rows-1, and one more that belongs to nobody: padded requests of a CUDA graph stand there.
+
+    All of it is one tensor of numbers of 4 bytes, and each field a stretch of it. What a step changes is noted first, in whatever
+    fields, and written by one upload and one kernel: before the first of its kernels runs the GPU has nothing to do but wait.
+
+        numbers    [ token_ids ... | block_table ... | positions . | temperature . | ... ]
+    """
+
+    token_ids: Tensor  # (rows, max_model_len) int32
+    block_table: Tensor  # (rows, max_blocks) int32
+    positions: Tensor  # (rows,) int32  the next one to compute
+    temperature: Tensor  # (rows,) float32
+    seed_keys: Tensor  # (rows, 2) int32
+    # top_k (0 = off), top_p, min_p; repetition, presence and frequency penalty, and how many tokens are the prompt's
+    cuts: Tensor  # (7, rows) float32
+    block_index: Tensor  # (num_blocks,) int32  where in its request each block stands: the same number for all who share it
+    new_blocks: Tensor  # (MOST_NEW_BLOCKS,) int32  what this step hands out, and null blocks (`ZeroGraphs`)
 
     def __init__(self, num_rows: int, max_model_len: int, num_blocks: int, block_size: int, device: torch.device) -> None:
-        self.padding_row = num_rows
-        self.device = device
-        max_blocks = -(-max_model_len // block_size)
-        integers = {"dtype": torch.int32, "device": device}
-        self.token_ids = torch.zeros(num_rows + 1, max_model_len, **integers)  # type: ignore[call-overload]
-        self.block_table = torch.full((num_rows + 1, max_blocks), NULL_BLOCK, **integers)  # type: ignore[call-overload]
-        self.positions = torch.zeros(num_rows + 1, **integers)  # type: ignore[call-overload] # the next one to compute
-        self.temperature = torch.zeros(num_rows + 1, device=device)
-        self.seed_keys = torch.zeros(num_rows + 1, 2, **integers)  # type: ignore[call-overload]
-        # top_k (0 = off), top_p, min_p; repetition, presence and frequency penalty, and how many tokens are the prompt's
-        neutral = torch.tensor([*NO_CUTS, *NO_PENALTIES, 0.0], device=device)
-        self.cuts = neutral[:, None].repeat(1, num_rows + 1)  # (7, num_rows + 1)
-        # where in its request each block stands: the same number for all who share it
-        self.block_index = torch.zeros(num_blocks, **integers)  # type: ignore[call-overload]
+        self.padding_row, self.device = num_rows, device
+        rows, neutral = num_rows + 1, [*NO_CUTS, *NO_PENALTIES, 0.0]
+        fields = {"token_ids": (rows, max_model_len), "block_table": (rows, -(-max_model_len // block_size)), "positions": (rows,),
+                  "temperature": (rows,), "seed_keys": (rows, 2), "cuts": (len(neutral), rows), "block_index": (num_blocks,),
+                  "new_blocks": (MOST_NEW_BLOCKS,)}
+        sizes = [-(-math.prod(shape) // ALIGNMENT) * ALIGNMENT for shape in fields.values()]
+        self.numbers = torch.full((sum(sizes),), NULL_BLOCK, dtype=torch.int32, device=device)  # which is 0
+        self.starts = dict(zip(fields, itertools.accumulate(sizes, initial=0)))
+        for name, shape in fields.items():
+            field = self.numbers[self.starts[name] :][: math.prod(shape)].view(shape)
+            # As a tensor of its own: torch.compile would want to know of every kernel that writes one what the others see of it.
+            setattr(self, name, torch.from_dlpack(field.view(torch.float32) if name in FLOATS else field))
+        self.cuts.copy_(torch.tensor(neutral)[:, None])
+        self.noted: list[tuple[np.ndarray, np.ndarray]] = []  # where in `numbers`, and what (its bits)
+        self.moved: dict[int, int] = {}  # the newest position of rows whose positions change
+
+    def note(self, field: str, where: np.ndarray, values: Any) -> None:
+        """Let the numbers `where` (n,) of a field, counted flat, be `values` (n,) from the next `flush` on. Nothing twice."""
+        bits = np.asarray(values, np.float32 if field in FLOATS else np.int32).view(np.int32)
+        self.noted.append((self.starts[field] + where.ravel(), bits.ravel()))
+
+    @contextmanager
+    def flushed(self) -> Iterator[None]:
+        """What is noted within is written at its end, also if that fails: the next step is told what has changed since."""
+        try:
+            yield
+        finally:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write all that was noted: indices as 8 bytes each, behind them the values as 4."""
+        if self.moved:
+            self.note("positions", np.fromiter(self.moved, np.int64), list(self.moved.values()))
+            self.moved = {}
+        if not self.noted:
+            return
+        where, values = (np.concatenate(arrays) for arrays in zip(*self.noted))
+        self.noted, count = [], len(where)
+        packed = np.empty(count + -(-count // 2), np.int64)
+        packed[:count], packed[count:].view(np.int32)[:count] = where, values
+        sent = upload(packed, self.device)
+        self.numbers[sent[:count]] = sent[count:].view(torch.int32)[:count]
 
     def write_tokens(self, rows: Sequence[int], starts: Sequence[int], tokens: Sequence[Sequence[int]]) -> None:
-        """Put `tokens[i]` into row `rows[i]`, from column `starts[i]` on: one upload, one kernel."""
-        where = upload(_cells(rows, starts, tokens), self.device)
-        self.token_ids[where[0], where[1]] = where[2].int()
+        """Note `tokens[i]` for row `rows[i]`, from column `starts[i]` on."""
+        row, column, values = _cells(rows, starts, tokens)
+        self.note("token_ids", row * self.token_ids.shape[1] + column, values)
 
     def write_blocks(self, rows: Sequence[int], starts: Sequence[int], block_ids: Sequence[Sequence[int]]) -> None:
-        """Lengthen block tables, likewise."""
-        where = upload(_cells(rows, starts, block_ids), self.device)
-        self.block_table[where[0], where[1]] = where[2].int()
-        self.block_index[where[2]] = where[1].int()
+        """Note longer block tables, likewise."""
+        row, column, values = _cells(rows, starts, block_ids)
+        self.note("block_table", row * self.block_table.shape[1] + column, values)
+        self.note("block_index", values, column)  # who shares a block has it at the same index
+
+    def write_positions(self, rows: np.ndarray, positions: np.ndarray) -> None:
+        """Note which position each row computes next. A row may come again before the next flush: the last one counts."""
+        self.moved.update(zip(rows.tolist(), positions.tolist()))
 
     def start_rows(self, rows: Sequence[int], new: Sequence[NewRequestData]) -> None:
-        """What a row starts with beside tokens and blocks: one upload, with numbers as the bits of 64."""
-        keys = seed_keys(torch.tensor([one.seed for one in new])).T  # (2, n)
-        integers = np.stack((np.array(rows), [one.num_computed_tokens for one in new], *keys.numpy()))
-        numbers = np.array([[one.sampling_params.temperature, *row_cuts(one)] for one in new], np.float64).T  # (8, n)
-        where = upload(np.concatenate((integers, numbers.view(np.int64))), self.device)
-        row, cuts = where[0], where[4:].view(torch.float64).float()
-        self.positions[row], self.seed_keys[row] = where[1].int(), where[2:4].int().T
-        self.temperature[row], self.cuts[:, row] = cuts[0], cuts[1:]
+        """Note what a row starts with beside tokens and blocks."""
+        row, keys = np.array(rows), seed_keys(torch.tensor([one.seed for one in new])).numpy()  # (n, 2)
+        self.write_positions(row, np.array([one.num_computed_tokens for one in new]))
+        self.note("seed_keys", row[:, None] * 2 + np.arange(2), keys)
+        self.note("temperature", row, [one.sampling_params.temperature for one in new])
+        cuts = np.array([row_cuts(one) for one in new], np.float32)  # (n, 7)
+        self.note("cuts", np.arange(cuts.shape[1]) * (self.padding_row + 1) + row[:, None], cuts)
 
 
 def row_cuts(new: NewRequestData) -> list[float]:
@@ -101,7 +161,7 @@ def wishes_of(params: SamplingParams) -> list[str]:
     masks = params.allowed_token_ids is not None or bool(params.bad_words) or params.min_tokens > 0
     everything = bool(params.logit_bias) or (draws and (params.top_k > MOST_TOP_K or params.temperature < TINY_TEMPERATURE))
     asked = (penalties or cuts or masks or everything, draws and params.top_p < 1 and params.top_k <= 0, masks, everything,
-             params.prompt_logprobs is not None)
+             params.prompt_logprobs is not None, params.logprobs is not None)
     return [wish for wish, is_wanted in zip(WISHES, asked) if is_wanted]
 
 
@@ -161,6 +221,7 @@ class InputBatch:
         self.num_tokens = np.zeros(max_num_seqs, dtype=np.int64)
         self.num_computed = np.zeros(max_num_seqs, dtype=np.int64)
         self.requests: list[RowRequest | None] = [None] * max_num_seqs
+        self.names = [""] * max_num_seqs  # of these
         self.row_of: dict[str, int] = {}
         self.free_rows = list(reversed(range(max_num_seqs)))  # taken from the right: row 0 first
         self.num_admissions = 0
@@ -173,7 +234,7 @@ class InputBatch:
         self.row_of[new.request_id] = row
         self.requests[row] = RowRequest(new.request_id, new.num_prompt_tokens, new.sampling_params, new.seed, new.eos_token_ids,
                                         bad_words_token_ids, self.num_admissions)
-        self.num_admissions += 1
+        self.names[row], self.num_admissions = new.request_id, self.num_admissions + 1
         for wish in wishes_of(new.sampling_params):
             self.wants[wish].add(new.request_id)
         self.num_tokens[row] = len(new.token_ids)
@@ -200,12 +261,16 @@ class InputBatch:
         assert request is not None, f"row {row} belongs to nobody"
         return request
 
+    def names_of(self, rows: np.ndarray) -> list[str]:
+        """The ids of the requests in these rows."""
+        return list(map(self.names.__getitem__, rows.tolist()))
+
     def prepare(self, output: SchedulerOutput) -> StepInputs:
         """The flat arrays of this step. `num_computed` advances here, as it has in the scheduler."""
         scheduled, drafts = output.num_scheduled_tokens, output.scheduled_spec_decode_tokens
-        rows = np.fromiter((self.row_of[request_id] for request_id in scheduled), dtype=np.int64, count=len(scheduled))
+        rows = np.fromiter(map(self.row_of.__getitem__, scheduled), dtype=np.int64, count=len(scheduled))
         query_lens = np.fromiter(scheduled.values(), dtype=np.int64, count=len(scheduled))
-        num_drafts = np.array([len(drafts.get(name, ())) for name in scheduled] if drafts else [0] * len(scheduled), dtype=np.int64)
+        num_drafts = np.zeros_like(rows) if not drafts else np.array([len(drafts.get(name, ())) for name in scheduled])
         # Decodes first: attention reads their contexts in one kernel. Of them the longest first: it begins with those, and the
         # short ones fill the gaps at its end. The order does not change any result.
         order = np.lexsort((-self.num_computed[rows], query_lens > 1))

@@ -7,13 +7,18 @@ of every position: in chunks, since 1,000 tokens of a vocabulary of 151,936 woul
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from minivllm.request import Logprob
 
+if TYPE_CHECKING:
+    from minivllm.input_batch import InputBatch, RowTensors, StepInputs
+
+PromptLogprobs = dict[str, tuple[int, list[dict[int, Logprob]]]]  # by request: the first position, and one entry for each
 WHOLE_VOCABULARY = -1
 
 
@@ -72,3 +77,24 @@ def prompt_logprobs(hidden: Tensor, next_token_ids: Tensor, compute_logits: Call
     assert hidden.shape[0] == next_token_ids.shape[0], "every hidden state predicts one token"
     for states, token_ids in zip(hidden.split(chunk), next_token_ids.split(chunk)):
         yield from to_dicts(compute_logprobs(compute_logits(states), token_ids, num_logprobs))
+
+
+def step_prompt_logprobs(batch: InputBatch, rows: RowTensors, inputs: StepInputs, hidden: Tensor,
+                         compute_logits: Callable[[Tensor], Tensor]) -> PromptLogprobs:
+    """For requests that asked: logprobs of the prompt tokens that a step's positions predict, from all of its hidden states (T, E).
+
+    Waits for the device.
+    """
+    found: PromptLogprobs = {}
+    starts = np.cumsum(inputs.query_lens) - inputs.query_lens
+    for index, row in enumerate(inputs.rows):
+        request = batch.request(row)
+        end = min(int(inputs.seq_lens[index]), request.num_prompt_tokens - 1)  # the prompt's last position predicts output
+        first = int(inputs.seq_lens[index] - inputs.query_lens[index])
+        if request.params.prompt_logprobs is None or first >= end:
+            continue  # did not ask, or is past its prompt
+        states = hidden[starts[index] : starts[index] + end - first]  # (end - first, E)
+        following = rows.token_ids[row, first + 1 : end + 1].long()  # (end - first,) what came there
+        entries = prompt_logprobs(states, following, compute_logits, request.params.prompt_logprobs)
+        found[request.request_id] = (first + 1, list(entries))
+    return found

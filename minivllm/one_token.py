@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minivllm.model import AttentionLayer, DecoderLayer, Qwen2ForCausalLM, RMSNorm
+from minivllm.model import DecoderLayer, Qwen2ForCausalLM, RMSNorm
 
 
 def product(weight: Tensor, x: Tensor) -> Tensor:
@@ -34,7 +34,12 @@ def inverse_rms(norm: RMSNorm, x: Tensor, like: Tensor) -> Tensor:
     return torch.rsqrt(squares.sum(-1) / x.shape[-1] + norm.eps)  # (...)
 
 
-def before_attention(layer: DecoderLayer, x: Tensor, cos: Tensor, sin: Tensor, cache: AttentionLayer, slot: Any) -> Tensor:
+def in_memory(x: Tensor) -> Tensor:
+    """x itself, which torch.compile now stores: what is read by strides has to lie somewhere."""
+    return x.as_strided(x.shape, x.stride())
+
+
+def before_attention(layer: DecoderLayer, x: Tensor, cos: Tensor, sin: Tensor, cache: Any, slot: Any) -> Tensor:
     """`DecoderLayer.before_attention` for x (1, E): the queries (1, H, D)."""
     attention, norm = layer.self_attn, layer.input_layernorm
     num_heads, num_kv_heads, head_dim = attention.num_heads, attention.num_kv_heads, attention.head_dim
@@ -50,9 +55,8 @@ def before_attention(layer: DecoderLayer, x: Tensor, cos: Tensor, sin: Tensor, c
     # place in the stack, so the kernel that sums does it all; rounding as the last thing would be left to one more kernel.
     first, second = (torch.where(turns, turned.to(x.dtype), plain.to(x.dtype)) for turned, plain in (
         (first * cos - second * sin, first), (second * cos + first * sin, second)))
-    q, k, v = torch.stack((first, second), dim=1).view(1, -1, head_dim).split((num_heads, num_kv_heads, num_kv_heads), dim=1)
-    cache.write(k, v, slot)
-    return q
+    cache.write_halves(first, second, slot)
+    return torch.stack((first, second), dim=1).view(1, -1, head_dim)[:, :num_heads]
 
 
 def after_attention(layer: DecoderLayer, x: Tensor, seen: Tensor) -> Tensor:
@@ -61,7 +65,7 @@ def after_attention(layer: DecoderLayer, x: Tensor, seen: Tensor) -> Tensor:
     norm, weight = layer.post_attention_layernorm, layer.mlp.gate_up_proj.weight.unflatten(0, (2, -1))  # (2, I, E)
     scaled, scale = norm.weight.float() * x[0], inverse_rms(norm, x, weight[0])
     gate, up = product(weight[0], scaled) * scale, product(weight[1], scaled) * scale  # (I,)
-    inner = (F.silu(gate) * up).to(x.dtype)
+    inner = in_memory((F.silu(gate) * up).to(x.dtype))  # else it would be computed anew for every row of `down`
     return (x + product(layer.mlp.down_proj.weight, inner)).to(x.dtype)
 
 

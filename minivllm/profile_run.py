@@ -66,6 +66,12 @@ class NoAttention:
     def write(self, k: Tensor, v: Tensor, slot_mapping: Any) -> None:
         """Forget k and v."""
 
+    def write_heads(self, heads: Tensor, slot_mapping: Any) -> None:
+        """Forget all heads."""
+
+    def write_halves(self, first: Tensor, second: Tensor, slot_mapping: Any) -> None:
+        """Forget both halves."""
+
     def attend(self, q: Tensor, metadata: Any) -> Tensor:
         return q
 
@@ -98,7 +104,7 @@ def peak_bytes(model: Qwen2ForCausalLM, num_tokens: int, num_rows: int, max_mode
 def graph_output_bytes(max_num_seqs: int, prompt_buckets: list[int], vocab_size: int, hidden_size: int, itemsize: int) -> int:
     """The results of CUDA graphs, which stay where they are: logits of every decode bucket, hidden states of every prompt bucket.
 
-    256 requests of Qwen2.5-0.5B in bfloat16: 1,949 rows x 151,936 logits and 14,688 tokens x 896, 2 bytes each: 619 MB.
+    256 requests of Qwen2.5-0.5B in bfloat16: 1,949 rows x 151,936 logits and 39,776 tokens x 896, 2 bytes each: 664 MB.
     """
     return (sum(bucket_sizes(max_num_seqs)) * vocab_size + sum(prompt_buckets) * hidden_size) * itemsize
 
@@ -111,7 +117,7 @@ def graph_bytes(model: Qwen2ForCausalLM, num_seqs: int, num_drafts: int, budget:
     shape, parameters = model.config, list(model.parameters())
     itemsize, buckets = parameters[0].itemsize, token_buckets(budget, sum(parameter.numel() for parameter in parameters))
     total = graph_output_bytes(num_seqs, buckets, shape.vocab_size, shape.hidden_size, itemsize)
-    total += SAMPLER_COPIES * num_seqs * shape.vocab_size * 4
+    total += (SAMPLER_COPIES * 4 + itemsize) * num_seqs * shape.vocab_size  # and logits of the head behind other steps
     pools = [num_seqs, *buckets[-1:]]
     if num_drafts:  # hidden states stay, and logits are gone when the next bucket is computed
         num_queries = num_seqs * (1 + num_drafts)

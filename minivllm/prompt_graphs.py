@@ -29,13 +29,14 @@ from minivllm.attention import PagedAttention, slot_mapping
 from minivllm.config import ModelConfig
 from minivllm.cuda_graphs import bucket_of, bucket_sizes, record
 from minivllm.flex_attention import QUERY_TILE, FlexMetadata, cut_into_tiles, decode_metadata, ends, prefill_metadata
-from minivllm.input_batch import RowTensors, StepInputs, upload
+from minivllm.input_batch import RowTensors, StepInputs, upload, upload_into
 
-TOKEN_BUCKETS = (32, 64, 96, 128, 160, 192, 256, 320, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
+TOKEN_BUCKETS = (32, 64, 96, 128, 160, 192, 256, 320, 384, 512, 768, 1024, 1280, 1536, 1792, 2048, 2560, 3072, 4096, 5120, 6144,
+                 8192)
 MOST_PROMPTS = 32  # each may need one tile more than its tokens fill
-# Tokens times parameters. A step of less takes the GPU less time, 12 ms for 512 tokens of 7B, than the host to launch its kernels
-# one by one, some 16.
-HOST_BOUND_FLOPS = 4_000_000_000_000
+# Tokens times parameters. A step of less takes the GPU less time, 12 ms for 512 tokens of 7B or 8,192 of 0.5B, than the host to
+# launch its kernels one by one, some 16, and 31 on a slow host.
+HOST_BOUND_FLOPS = 4_100_000_000_000
 NOTHING = np.zeros(0, dtype=np.int64)
 NOBODYS = StepInputs(NOTHING, NOTHING, NOTHING, NOTHING, NOTHING, 0, NOTHING.astype(bool), NOTHING)  # a step of nobody
 
@@ -51,13 +52,15 @@ def token_buckets(budget: int, num_parameters: int) -> list[int]:
 class PromptGraphs:
     """Captured steps with prompts. What `run` returns stays valid until the next run.
 
-    A graph has one input, an array of integers: 3 for each token, 2 for each decode that there is room for, 4 for each tile. One
-    upload fills it. Everything else that a step reads lies in the rows already.
+    A graph has one input, an array of integers: 3 for each token, 2 for each decode that there is room for, 4 for each tile, and
+    which tokens sample. One upload fills it. Everything else that a step reads lies in the rows already. The hidden states of the
+    tokens that sample go to `states` (max_num_seqs, E), where the head finds them (`DecodeGraphs.run_head`).
     """
 
     def __init__(self, forward: Callable[..., Tensor], kv_caches: Sequence[PagedAttention], rows: RowTensors, shape: ModelConfig,
-                 buckets: list[int], *, use_graphs: bool = True) -> None:
+                 buckets: list[int], states: Tensor, *, use_graphs: bool = True) -> None:
         self.forward = forward
+        self.states = states
         self.kv_caches = kv_caches
         self.rows = rows
         self.shape = shape
@@ -75,14 +78,18 @@ class PromptGraphs:
                      and most >= inputs.num_decodes and num_prompts <= MOST_PROMPTS), None)
 
     def pack(self, size: int, inputs: StepInputs = NOBODYS) -> np.ndarray:
-        """A step's integers in one array: each token's row, position and place, each decode's row and position, then the tiles."""
+        """A step's integers in one array: each token's row, position and place, each decode's row and position, the tiles, and
+        which tokens sample, if each request has at most one.
+        """
         most, num_tiles, padding = self.most_decodes[size], -(-size // QUERY_TILE) + MOST_PROMPTS, self.rows.padding_row
         tokens, tiles = np.zeros((3, size), dtype=np.int32), np.zeros((4, num_tiles), dtype=np.int32)
         tokens[0], tiles[0], tiles[3] = padding, padding, 1
         arrays, places = tiles_and_places(inputs, most)
         tokens[:, : len(places)] = inputs.token_rows, inputs.positions, places
         tiles[:, : arrays.shape[1]] = arrays
-        return np.concatenate((tokens.ravel(), padded_decodes(inputs, most, padding).ravel(), tiles.ravel()))
+        sampling = inputs.sampling_tokens[: len(self.states)].astype(np.int32)
+        sampling = np.pad(sampling, (0, len(self.states) - len(sampling)))
+        return np.concatenate((tokens.ravel(), padded_decodes(inputs, most, padding).ravel(), tiles.ravel(), sampling))
 
     def capture(self) -> float:
         """Compile and record every bucket. Touches the null block only. Returns the seconds that recording took."""
@@ -92,18 +99,21 @@ class PromptGraphs:
     def compute(self, size: int) -> Tensor:
         """Hidden states (size, E) of the step whose integers lie in `inputs[size]`."""
         cache, integers, most = self.kv_caches[0], self.inputs[size], self.most_decodes[size]
-        tokens, decodes, tiles = integers.split([3 * size, 2 * most, len(integers) - 3 * size - 2 * most])
+        sizes = [3 * size, 2 * most, len(integers) - 3 * size - 2 * most - len(self.states), len(self.states)]
+        tokens, decodes, tiles, sampling = integers.split(sizes)
         token_rows, positions, places = tokens.view(3, size).unbind(0)
         input_ids = self.rows.token_ids[token_rows, positions]
         slots = slot_mapping(self.rows.block_table, token_rows, positions, cache.block_size)
         metadata = decodes_first(slots, decodes.view(2, most), most, self.rows, cache, self.shape)
         metadata.prefill = prefill_metadata(tiles.view(4, -1), self.rows.block_table, self.rows.block_index, cache.block_size)
         metadata.places = places.long()
-        return self.forward(input_ids, positions, self.kv_caches, metadata)
+        hidden = self.forward(input_ids, positions, self.kv_caches, metadata)
+        self.states.copy_(hidden[sampling])
+        return hidden
 
     def run(self, inputs: StepInputs, size: int) -> Tensor:
         """Hidden states (T, E) of a step that fits into the bucket of this size."""
-        self.inputs[size].copy_(upload(self.pack(size, inputs), self.rows.device), non_blocking=True)
+        upload_into(self.inputs[size], self.pack(size, inputs))
         if self.use_graphs:
             self.graphs[size].replay()
         else:

@@ -1,10 +1,10 @@
 """Lesson 14. A product of few rows and few columns, cut so that all of a GPU reads weights.
 
-Owns the projections back to the hidden size, `o_proj` and `down_proj`, for the steps of up to 256 tokens, in two forms.
+Owns the projections to and from the heads, `qkv_proj` and `o_proj`, and `down_proj`, for steps of up to 256 tokens, in two forms.
 
 In parts: a library cuts a product by its columns, 64 at a time. The 896 columns of Qwen2.5-0.5B keep 14 of an H200's 132 processors
-busy, while each of them goes through all 4,864 rows of `down_proj`. Cut into four along the rows too, 56 have work, and the norm
-that follows adds the parts:
+busy, while each of them goes through all 4,864 rows of `down_proj`. Cut into four along the rows too, 56 have work, and whatever
+kernel follows, a norm or the rotation, adds the parts:
 
     x (T, K) @ W' (K, N)   ->   x (p, T, K/p) @ W' (p, K/p, N) = parts (p, T, N)   ->   sum over p
 
@@ -46,25 +46,25 @@ def num_parts(in_features: int, out_features: int) -> int:
 
 
 class SplitLinear(nn.Module):
-    """What an `nn.Linear` without a bias computes. Parts are summed in float32, blocks are not summed."""
+    """What an `nn.Linear` computes. Parts are summed in float32, blocks are not summed."""
 
     weight: Tensor
+    bias: Tensor | None
     parts: int
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        assert linear.bias is None, "only projections without a bias are split"
-        self.weight = linear.weight
+        self.weight, self.bias = linear.weight, linear.bias
         self.parts = num_parts(linear.in_features, linear.out_features)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., K) to (..., N)."""
         rows = x.flatten(0, -2)  # (T, K)
-        if self.parts == 2 and len(rows) <= FEW_TOKENS and len(self.weight) % (2 * ALIGNMENT) == 0:
+        if self.parts == 2 and self.bias is None and len(rows) <= FEW_TOKENS and len(self.weight) % (2 * ALIGNMENT) == 0:
             return self.by_blocks(rows).view(*x.shape[:-1], -1)
         if self.parts > 1 and len(rows) <= MOST_TOKENS:
             return self.by_parts(rows).view(*x.shape[:-1], -1)
-        return nn.functional.linear(x, self.weight)
+        return nn.functional.linear(x, self.weight, self.bias)
 
     def by_blocks(self, rows: Tensor) -> Tensor:
         """(T, K) to (T, N). Compiled, putting them side by side is no copy: whoever reads a number finds it in its block."""
@@ -77,12 +77,13 @@ class SplitLinear(nn.Module):
         b = self.weight.unflatten(1, (self.parts, -1)).permute(1, 2, 0)  # (p, K/p, N) view
         parts = torch.bmm(a, b) if rows.dtype.itemsize > 2 else torch.bmm(a, b, out_dtype=torch.float32)
         total = parts[0]
-        for part in parts[1:]:  # written out: torch.compile makes it a part of the kernel that reads the sum
+        # Written out: torch.compile makes it a part of the kernel that reads the sum.
+        for part in [*parts[1:], *([] if self.bias is None else [self.bias])]:
             total = total + part
         return total.to(rows.dtype)
 
 
 def split_linears(layer: DecoderLayer) -> None:
     """Let a layer compute its two projections back to the hidden size in parts or blocks. The weights stay where they are."""
-    for parent, name in ((layer.self_attn, "o_proj"), (layer.mlp, "down_proj")):
+    for parent, name in ((layer.self_attn, "qkv_proj"), (layer.self_attn, "o_proj"), (layer.mlp, "down_proj")):
         setattr(parent, name, SplitLinear(getattr(parent, name)))

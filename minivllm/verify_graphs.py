@@ -26,9 +26,9 @@ from torch import Tensor
 
 from minivllm.async_output import AsyncOutput
 from minivllm.attention import NULL_BLOCK, slot_mapping
-from minivllm.cuda_graphs import DecodeGraphs, bucket_of
+from minivllm.cuda_graphs import DecodeGraphs, bucket_of, bucket_sizes, record
 from minivllm.flex_attention import FlexMetadata, decode_metadata, ends
-from minivllm.input_batch import RowTensors, StepInputs, upload
+from minivllm.input_batch import RowTensors, StepInputs, upload, upload_into
 from minivllm.sampler import sample_plain
 from minivllm.scheduler_output import ModelOutput
 
@@ -103,6 +103,11 @@ class VerifyGraphs(DecodeGraphs):
         self.read_guesses: Any = torch.compile(read_guesses, dynamic=True) if self.use_compile else read_guesses
         self.accept_into_rows: Any = torch.compile(accept_into_rows, dynamic=True) if self.use_compile else accept_into_rows
 
+    def capture(self) -> float:
+        """Compile and record every bucket. Returns the seconds that recording took. It has no head of its own."""
+        self.graphs, self.results, seconds = record(self.compute, bucket_sizes(self.max_num_seqs))
+        return seconds
+
     def fits(self, inputs: StepInputs) -> bool:
         """Whether every request of the step decodes, and nobody behind more guesses than there is room for."""
         return (bool(inputs.samples.all()) and np.array_equal(inputs.query_lens, 1 + inputs.num_drafts)
@@ -132,7 +137,7 @@ class VerifyGraphs(DecodeGraphs):
         step[:count, 0], step[:count, 1] = inputs.rows, inputs.num_drafts
         is_guess = np.arange(self.num_drafts) < inputs.num_drafts[:, None]
         step[:count, 2:][is_guess] = np.fromiter(chain.from_iterable(drafts), dtype=np.int32, count=int(is_guess.sum()))
-        self.steps[:size].copy_(upload(step, self.rows.device), non_blocking=True)
+        upload_into(self.steps[:size], step)
         self.launch(size)
         hidden, runs = self.results[size]
         return hidden, runs[:count]

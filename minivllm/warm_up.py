@@ -42,22 +42,25 @@ def warm_up(runner: ModelRunner, wait_for: Callable[[str], None]) -> float:
         runner.forward_model = CompiledModel(runner.model)
         # By itself torch takes 32 kernels to zero blocks of a large cache. Without its shape the one kernel would divide by it for
         # every number, ten times slower; and to choose between two, torch would keep a copy of the cache in pinned host memory.
-        torch._dynamo.mark_static(runner.blocks)
-        runner.zero_blocks = torch.compile(runner.zero_blocks, dynamic=True, options={"triton.autotune_pointwise": False})
+        new = runner.new_blocks
+        torch._dynamo.mark_static(new.blocks)
+        new.zero_blocks = torch.compile(new.zero_blocks, dynamic=True, options={"triton.autotune_pointwise": False})
     buckets = token_buckets(config.max_num_batched_tokens or 0, sum(weight.numel() for weight in runner.model.parameters()))
-    prompts = PromptGraphs(runner.forward_model, runner.kv_caches, runner.rows, runner.model.config, buckets, use_graphs=on_gpu)
     decodes = DecodeGraphs(runner.model, runner.forward_model, runner.kv_caches, runner.rows, config.max_num_seqs,
                            use_graphs=on_gpu, use_compile=on_gpu)
+    prompts = PromptGraphs(runner.forward_model, runner.kv_caches, runner.rows, runner.model.config, buckets, decodes.states,
+                           use_graphs=on_gpu)
     verifications = VerifyGraphs(decodes, runner.num_drafts) if runner.num_drafts else None
+    samplers = SamplerGraphs(decodes)
     runner.prompt_graphs, runner.graphs, runner.verify_graphs = prompts, decodes, verifications
-    runner.sampler_graphs = samplers = SamplerGraphs(decodes)
+    runner.sampler.decode_graphs, runner.sampler.sampler_graphs = decodes, samplers
     if not on_gpu:
         return 0.0
     with compiling():
         compile_model(runner, decodes, wait_for)
         wait_for("sampler")
         seconds = decodes.capture() + samplers.capture() + (verifications.capture() if verifications else 0.0)
-        return seconds + prompts.capture()
+        return seconds + prompts.capture() + runner.new_blocks.capture()
 
 
 def compile_model(runner: ModelRunner, decodes: DecodeGraphs, wait_for: Callable[[str], None]) -> None:
@@ -71,9 +74,8 @@ def compile_model(runner: ModelRunner, decodes: DecodeGraphs, wait_for: Callable
     for num_tokens in (2, FEW_TOKENS + 2, MOST_TOKENS + 2):
         inputs = padding_inputs(num_tokens, runner.rows.padding_row)
         for wanted in all_one_and_two(runner.device):
-            rows, seq_lens = runner.upload(inputs.rows, inputs.seq_lens)
-            runner.forward_ungraphed(inputs, rows, seq_lens, wanted)
-    runner.zero_blocks(runner.blocks, upload(np.full(2, NULL_BLOCK), runner.device))
+            runner.forward_ungraphed(inputs, wanted)
+    runner.new_blocks.zero(np.array([NULL_BLOCK]))
     wait_for("attention")
     for size in reversed(sizes):
         decodes.compute_step_logits(size)

@@ -18,7 +18,8 @@ from minivllm.bench.command import main
     ("triton_red_fused__to_copy_add_div_mul_rsqrt_silu_sum_2", "matrix products"),  # of one token, with norm and SiLU inside
     ("triton_red_fused__to_copy_bmm_permute_transpose_unsqueeze_view_2", "matrix products"),
     ("triton_poi_fused_mul_silu_split_1", "SiLU times up"),
-    ("triton_poi_fused_add_cat_index_copy_mul_neg_split_2", "rotation, KV write"),
+    ("triton_poi_fused__to_copy_add_arange_cat_ge_index_put_lt_mul_neg_remainder_split_sub_where_3", "rotation, KV write"),
+    ("triton_per_fused__to_copy_add_arange_div_expand_ge_index_put_lt_mul_pow_rsqrt_sum_view_where_4", "matrix products"),
     ("triton_red_fused___rshift____to_copy_add_amax_arange_bitwise_and_3", "sampling"),
     ("triton_per_fused__to_copy_amax_clamp_eq_exp_index_masked_fill_mul_reciprocal_sub_sum_unsqueeze_view_0", "sampling"),
     ("Memset (Device)", "rows, masks, the rest"),

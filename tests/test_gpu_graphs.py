@@ -15,6 +15,7 @@ from test_engine_parity import hf_greedy
 from tiny_models import random_qwen2
 
 from minivllm import LLM, SamplingParams
+from minivllm.bench.anatomy import profiled_replays
 from minivllm.input_batch import upload
 
 
@@ -233,7 +234,7 @@ class TestOnTheDevice:
         nucleus = SamplingParams(temperature=1.2, top_p=0.8, presence_penalty=0.3, seed=4, max_tokens=13, ignore_eos=True)
         masked = SamplingParams(temperature=1, seed=5, min_tokens=7, stop_token_ids=list(range(0, 97, 2)), max_tokens=12)
         runs = []
-        samplers = graphed().engine.runner.sampler_graphs
+        samplers = graphed().engine.runner.sampler.sampler_graphs
         own = samplers.run
         samplers.run = lambda count, by_mass: (runs.append((count, by_mass)), own(count, by_mass=by_mass))[1]
         torch._dynamo.utils.counters.clear()
@@ -311,6 +312,19 @@ class TestOnTheDevice:
             kernels = sum(text.count("async_compile.triton(") for text in code)
             assert kernels == expected, f"{splits} parts: {kernels} kernels, not {expected}: one attends, one joins the parts"
         assert any("BLOCK_M : tl.constexpr = 16" in text for text in code), "a tile of 16 rows for the 7 queries of a KV head"
+
+    def test_a_layer_takes_no_more_kernels_than_it_has_to(self):
+        """Six generated ones: all there is of a decode of one request, beside four of the library's for several."""
+        counts = []
+        for layers in (2, 4):
+            _, folder = random_qwen2(tempfile.mkdtemp(), 5, layers=layers, hidden=448, heads=14, kv_heads=2, vocab=97, head_dim=32)
+            llm = LLM(str(folder), skip_tokenizer_init=True, device="cuda", attention_backend="flex_attention", max_model_len=256,
+                      block_size=16, num_blocks=400, dtype="bfloat16", max_num_seqs=4)
+            launches = [profiled_replays(llm.engine.runner.graphs.graphs[size]) for size in (1, 4)]
+            counts.append([sum(count for name, _, count in kernels if name.startswith("triton")) for kernels in launches])
+            llm.close()
+        of_a_layer = np.subtract(counts[1], counts[0]) / 2
+        assert of_a_layer.tolist() == [6, 6], f"a layer of one and of four requests takes {of_a_layer} generated kernels"
 
     def test_large_batches_share_one_kernel_for_decodes(self):
         """From the batch size on at which no context is split, no bucket has attention compiled anew; tokens are Hugging Face's."""

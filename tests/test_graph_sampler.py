@@ -51,6 +51,7 @@ def rows_of(asked: list[SamplingParams], histories: list[list[int]], prompt_lens
     numbers = range(len(asked))
     rows.start_rows(numbers, [NewRequestData(str(i), histories[i], prompt_lens[i], asked[i], seeds[i], [1], 0) for i in numbers])
     rows.write_tokens(numbers, [0] * len(asked), histories)
+    rows.flush()
     rows.positions[: len(asked)] = torch.tensor([len(history) for history in histories])
     return rows
 
@@ -100,6 +101,7 @@ def without(name: str):
 
     def start_rows(self, rows, new):
         own(self, rows, new)
+        self.flush()
         self.cuts[place, :-1] = self.cuts[place, -1]
     return RowTensors, "start_rows", start_rows
 
@@ -186,7 +188,7 @@ def test_a_real_checkpoints_defaults_are_sampled_by_graph(flex_on_cpu):  # noqa:
     knobs = {"num_blocks": 9, "max_num_seqs": 5, "max_num_batched_tokens": 48, "max_model_len": 64, "block_size": 16}
     for backend in ("flex_attention", "paged_gather"):
         llm = make_llm(attention_backend=backend, **knobs)
-        if samplers := llm.engine.runner.sampler_graphs:
+        if samplers := llm.engine.runner.sampler.sampler_graphs:
             own = samplers.run
             samplers.run = lambda count, by_mass, own=own: (drawn.append((count, by_mass)), own(count, by_mass=by_mass))[1]
         batches = ASKED, [ASKED[0]] * 5 + [ASKED[1]], [NUCLEUS, *ASKED[1:]], [*MASKED, *ASKED[:2], NUCLEUS]

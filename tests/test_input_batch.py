@@ -1,15 +1,21 @@
-"""The order of a step's requests, and which of its tokens get a next one."""
+"""The order of a step's requests, which of its tokens get a next one, and what is written to the device's rows."""
 
 from __future__ import annotations
 
 import numpy as np
+import pytest
+import torch
 from depth import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minivllm.input_batch import InputBatch, StepInputs
+from minivllm.cuda_graphs import ZERO_BUCKETS, NewBlocks
+from minivllm.input_batch import MOST_NEW_BLOCKS, InputBatch, RowTensors, StepInputs
+from minivllm.sampler import seed_keys
 from minivllm.sampling_params import SamplingParams
 from minivllm.scheduler_output import NewRequestData, SchedulerOutput
+
+FIELDS = ("token_ids", "block_table", "positions", "temperature", "seed_keys", "cuts", "block_index", "new_blocks")
 
 
 def batch_of(computed: list[int]) -> InputBatch:
@@ -47,3 +53,97 @@ def test_the_tokens_that_sample(requests):
         expected += range(start + known - 1, start + known + guesses) if does else ()
         start += known + guesses
     assert inputs.sampling_tokens.tolist() == expected
+
+
+def new_request(name: str, token_ids: list[int], computed: int, blocks: list[int], **params) -> NewRequestData:
+    return NewRequestData(name, token_ids, len(token_ids), SamplingParams(**params), 7, blocks, computed)
+
+
+@settings(max_examples=examples(60), deadline=None)
+@given(st.data())
+def test_rows_are_written_as_noted_and_nothing_else_is(data):
+    """Tokens, tables and positions in any rows, then one flush: the device's numbers are those of a plain model of the rows."""
+    num_rows, max_model_len, num_blocks = 4, 37, 11
+    rows = RowTensors(num_rows, max_model_len, num_blocks, 8, torch.device("cpu"))
+    expected = {name: getattr(rows, name).clone() for name in FIELDS}
+    for _ in range(data.draw(st.integers(1, 4))):
+        chosen = data.draw(st.lists(st.integers(0, num_rows - 1), min_size=1, max_size=num_rows, unique=True))
+        starts = [data.draw(st.integers(0, 20)) for _ in chosen]
+        tokens = [data.draw(st.lists(st.integers(0, 2**31 - 1), max_size=17)) for _ in chosen]
+        tables = [data.draw(st.lists(st.integers(1, num_blocks - 1), max_size=2)) for _ in chosen]
+        rows.write_tokens(chosen, starts, tokens)
+        rows.write_blocks(chosen, [1] * len(chosen), tables)
+        for _ in range(2):  # the last one counts
+            positions = [data.draw(st.integers(0, max_model_len)) for _ in chosen]
+            rows.write_positions(np.array(chosen), np.array(positions))
+        for row, start, some, table, position in zip(chosen, starts, tokens, tables, positions):
+            expected["token_ids"][row, start : start + len(some)] = torch.tensor(some, dtype=torch.int32)
+            expected["block_table"][row, 1 : 1 + len(table)] = torch.tensor(table, dtype=torch.int32)
+            for place, block in enumerate(table):
+                expected["block_index"][block] = 1 + place
+            expected["positions"][row] = position
+        if len({block for table in tables for block in table}) < sum(map(len, tables)):
+            expected["block_index"] = None  # one block at two places: no real table has that
+        rows.flush()
+        for name, values in expected.items():
+            if values is None:
+                expected[name] = rows.block_index.clone()
+            else:
+                assert torch.equal(getattr(rows, name), values), f"{name} is not what was noted"
+
+
+def test_a_row_starts_with_all_that_its_request_asks_for():
+    """Temperature, cuts and seed in their own rows, exactly, beside others that stay as they were."""
+    rows = RowTensors(3, 16, 4, 8, torch.device("cpu"))
+    neutral = rows.cuts[:, 0].clone()
+    asked = new_request("a", [5, 6], 1, [2], temperature=0.3, top_k=9, top_p=0.7, min_p=0.1, presence_penalty=0.5)
+    rows.start_rows([1], [asked])
+    assert rows.temperature.tolist() == [0] * 4 and rows.positions.tolist() == [0] * 4, "written before the flush"
+    rows.flush()
+    assert rows.temperature.tolist() == [0, torch.tensor(0.3).item(), 0, 0] and rows.positions.tolist() == [0, 1, 0, 0]
+    assert torch.equal(rows.cuts[:, 1], torch.tensor([9, 0.7, 0.1, 1.0, 0.5, 0.0, 2])) and torch.equal(rows.cuts[:, 2], neutral)
+    assert torch.equal(rows.seed_keys[1], seed_keys(torch.tensor([7]))[0]) and rows.seed_keys[[0, 2, 3]].abs().sum() == 0
+    rows.flush()  # nothing is noted any more
+    assert not rows.noted and not rows.moved
+
+
+def test_what_a_failing_step_has_noted_is_written_all_the_same():
+    """The next step is told what has changed since, so what was noted before an error must not be lost with it."""
+    rows = RowTensors(2, 16, 4, 8, torch.device("cpu"))
+    with pytest.raises(IndexError), rows.flushed():
+        rows.write_tokens([1, 0], [3, 2], [[8, 9], [7]]) or [][0]
+    assert rows.token_ids[1, 3:5].tolist() == [8, 9]
+
+
+class OneKernel:
+    """In place of a graph: computes when replayed, and counts."""
+
+    def __init__(self, compute) -> None:
+        self.compute, self.num_replays = compute, 0
+
+    def replay(self) -> None:
+        self.num_replays += 1
+        self.compute()
+
+
+@settings(max_examples=examples(40), deadline=None)
+@given(st.lists(st.integers(1, 99), unique=True, min_size=1, max_size=99), st.booleans(), st.booleans())
+def test_new_blocks_are_zeroed_and_no_others(block_ids, has_graphs, fails):
+    """Few by a graph and many at once, without a graph all at once; null blocks may be zeroed with them, the others' never."""
+    rows = RowTensors(2, 16, 100, 8, torch.device("cpu"))
+    new = NewBlocks(torch.ones(100, 2, 3), rows)
+    if has_graphs:
+        new.graphs = {size: OneKernel(lambda size=size: new.compute(size)) for size in ZERO_BUCKETS}
+    new.zero(np.array(block_ids))
+    if fails:
+        rows.flush()
+        new.forget()
+    rows.flush()
+    new.run()
+    new.run()  # nothing is left
+    is_noted = has_graphs and len(block_ids) <= MOST_NEW_BLOCKS
+    zeroed = set(block_ids) if not (is_noted and fails) else set()
+    assert {block for block in range(1, 100) if not new.blocks[block].any()} == zeroed
+    assert all(new.blocks[block].all() for block in range(1, 100) if block not in zeroed)
+    if has_graphs:
+        assert sum(graph.num_replays for graph in new.graphs.values()) == (is_noted and not fails)

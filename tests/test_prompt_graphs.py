@@ -41,7 +41,7 @@ def graphs_of(forward, buckets: list[int], max_num_seqs: int = MAX_NUM_SEQS) -> 
     rows = RowTensors(max_num_seqs, MAX_MODEL_LEN, 10, BLOCK_SIZE, torch.device("cpu"))
     rows.token_ids[:] = torch.arange(max_num_seqs + 1)[:, None] * 1000 + torch.arange(MAX_MODEL_LEN)  # who and where
     cache = FlexPagedAttention(allocate_kv_cache(1, 10, BLOCK_SIZE, 2, 2, torch.float32, torch.device("cpu"))[0], BLOCK_SIZE)
-    return PromptGraphs(forward, [cache], rows, SHAPE, buckets, use_graphs=False)
+    return PromptGraphs(forward, [cache], rows, SHAPE, buckets, torch.zeros(max_num_seqs), use_graphs=False)
 
 
 steps = st.tuples(st.lists(st.integers(0, 200), max_size=150),
@@ -83,7 +83,7 @@ def test_t32_any_step_of_few_tokens_has_a_graph(max_num_seqs):
             assert graphs.pack(size, step).shape == graphs.inputs[size].shape
             assert size - len(step.positions) <= max(31, size // 3), f"{size} rows for {len(step.positions)} tokens"
     assert graphs.bucket_for(step_of([], [(2, 0)] * (MOST_PROMPTS + 1))) is None, "more prompts than there are tiles for"
-    assert graphs.bucket_for(step_of([], [(250, 0)] * 17)) is None, "more tokens than the largest graph has"
+    assert graphs.bucket_for(step_of([5] * 33, [(255, 0)] * MOST_PROMPTS)) is None, "more tokens than the largest graph has"
 
 
 @pytest.mark.parametrize("budget", [1, 31, 32, 60, 300, 2048, 4000, 8192])

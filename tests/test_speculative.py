@@ -492,6 +492,7 @@ def test_when_a_step_begins_every_row_holds_what_is_true_of_its_request(backend)
     def watch(runner, own, name):
         def update_rows(output):
             own(output)
+            runner.rows.flush()
             for request_id in output.num_scheduled_tokens if name == "model" else output.rewound_requests:
                 request, row = engine.scheduler.requests[request_id], runner.batch.row_of[request_id]
                 table, count = engine.kv_cache_manager.get_block_ids(request_id), request.num_tokens

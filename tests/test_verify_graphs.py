@@ -46,7 +46,7 @@ def count_ways(llm: LLM) -> LLM:
     """Let WAYS know of every verification by graph, and of every step without one."""
     runner = llm.engine.runner
     for name, part, method in (("graph", runner.verify_graphs, "verify"), ("plain", runner, "forward"),
-                               ("decode", runner.graphs, "run"), ("cuts", runner.sampler_graphs, "sample")):
+                               ("decode", runner.graphs, "run"), ("cuts", runner.sampler.sampler_graphs, "sample")):
         own = getattr(part, method)
         setattr(part, method, lambda *args, name=name, own=own, **more: (WAYS.update([name]), own(*args, **more))[1])
     return llm

@@ -40,7 +40,7 @@ GROUPS = (
     ("matrix products", ("nvjet", "gemm", "gemv", "cublas", "cutlass", "_mm_", "splitk", "_sum", "_expand_", "bmm")),
     ("norms, residual additions", ("rsqrt",)),
     ("SiLU times up", ("silu",)),
-    ("rotation, KV write", ("cat", "index_copy")),
+    ("rotation, KV write", ("cat", "index_put")),
 )
 OTHER = "rows, masks, the rest"
 NUM_REPLAYS, NUM_PROFILED, NUM_REPEATS = 100, 5, 5
