@@ -71,7 +71,7 @@ class RowTensors:
     # top_k (0 = off), top_p, min_p; repetition, presence and frequency penalty, and how many tokens are the prompt's
     cuts: Tensor  # (7, rows) float32
     block_index: Tensor  # (num_blocks,) int32  where in its request each block stands: the same number for all who share it
-    new_blocks: Tensor  # (MOST_NEW_BLOCKS,) int32  what this step hands out, and null blocks (`ZeroGraphs`)
+    new_blocks: Tensor  # (MOST_NEW_BLOCKS,) int32  what this step hands out, and null blocks (`NewBlocks`)
 
     def __init__(self, num_rows: int, max_model_len: int, num_blocks: int, block_size: int, device: torch.device) -> None:
         self.padding_row, self.device = num_rows, device
@@ -119,13 +119,13 @@ class RowTensors:
 
     def write_tokens(self, rows: Sequence[int], starts: Sequence[int], tokens: Sequence[Sequence[int]]) -> None:
         """Note `tokens[i]` for row `rows[i]`, from column `starts[i]` on."""
-        row, column, values = _cells(rows, starts, tokens)
-        self.note("token_ids", row * self.token_ids.shape[1] + column, values)
+        where, _, values = _cells(rows, starts, tokens, self.token_ids.shape[1])
+        self.note("token_ids", where, values)
 
     def write_blocks(self, rows: Sequence[int], starts: Sequence[int], block_ids: Sequence[Sequence[int]]) -> None:
         """Note longer block tables, likewise."""
-        row, column, values = _cells(rows, starts, block_ids)
-        self.note("block_table", row * self.block_table.shape[1] + column, values)
+        where, column, values = _cells(rows, starts, block_ids, self.block_table.shape[1])
+        self.note("block_table", where, values)
         self.note("block_index", values, column)  # who shares a block has it at the same index
 
     def write_positions(self, rows: np.ndarray, positions: np.ndarray) -> None:
@@ -165,11 +165,12 @@ def wishes_of(params: SamplingParams) -> list[str]:
     return [wish for wish, is_wanted in zip(WISHES, asked) if is_wanted]
 
 
-def _cells(rows: Sequence[int], starts: Sequence[int], values: Sequence[Sequence[int]]) -> np.ndarray:
-    """(3, n) int64: row, column and value of every entry."""
+def _cells(rows: Sequence[int], starts: Sequence[int], values: Sequence[Sequence[int]], width: int) -> tuple[np.ndarray, ...]:
+    """(n,) int64 each: where every entry stands in rows of this width, counted flat, its column and its value."""
     lengths = [len(one) for one in values]
-    columns = [np.arange(start, start + length) for start, length in zip(starts, lengths)]
-    return np.stack([np.repeat(rows, lengths), np.concatenate(columns), np.concatenate([np.asarray(one) for one in values])])
+    column = np.concatenate([np.arange(start, start + length) for start, length in zip(starts, lengths)])
+    assert (column < width).all(), f"a row has {width} columns: what does not fit would be the next row's"
+    return np.repeat(rows, lengths) * width + column, column, np.concatenate([np.asarray(one, np.int64) for one in values])
 
 
 @dataclass

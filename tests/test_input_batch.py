@@ -92,6 +92,15 @@ def test_rows_are_written_as_noted_and_nothing_else_is(data):
                 assert torch.equal(getattr(rows, name), values), f"{name} is not what was noted"
 
 
+@pytest.mark.parametrize(("write", "start", "values"), [("write_tokens", 15, [1, 2]), ("write_blocks", 2, [3])])
+def test_what_does_not_fit_into_a_row_is_refused(write, start, values):
+    """All rows are one tensor, and what is beyond the end of one is the beginning of the next."""
+    rows = RowTensors(3, 16, 4, 8, torch.device("cpu"))
+    getattr(rows, write)([1], [start - 1], [values])
+    with pytest.raises(AssertionError, match="next row"):
+        getattr(rows, write)([1], [start], [values])
+
+
 def test_a_row_starts_with_all_that_its_request_asks_for():
     """Temperature, cuts and seed in their own rows, exactly, beside others that stay as they were."""
     rows = RowTensors(3, 16, 4, 8, torch.device("cpu"))
