@@ -29,6 +29,15 @@ def download(tensor: Tensor) -> Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
 
 
+def mark(tensor: Tensor | None) -> torch.cuda.Event | None:
+    """A mark in the queue of the tensor's device, behind all that was launched so far. None on a CPU, where nobody waits."""
+    if tensor is None or not tensor.is_cuda:
+        return None
+    event = torch.cuda.Event()
+    event.record()
+    return event
+
+
 class AsyncOutput:
     """The tokens (R,) of R rows of logits, and the logprobs that some of them asked for.
 
@@ -43,19 +52,11 @@ class AsyncOutput:
         self.logprobs: LogprobsTensors | None = None
         self.asked: dict[int, int] = {}  # who of the R asked for logprobs, and for how many
         self.token_ids = None if token_ids is None else download(token_ids)
-        self.is_done = self._mark()
-
-    def _mark(self) -> torch.cuda.Event | None:
-        """A mark in the device's queue behind all that was launched so far."""
-        if self.token_ids is None or not self.token_ids.is_pinned():
-            return None
-        event = torch.cuda.Event()
-        event.record()
-        return event
+        self.is_done = mark(token_ids)
 
     def add_logprobs(self, tensors: LogprobsTensors, asked: dict[int, int]) -> None:
         self.logprobs, self.asked = LogprobsTensors(*map(download, tensors)), asked
-        self.is_done = self._mark()
+        self.is_done = mark(tensors.token_ids)
 
     def result(self) -> ModelOutput:
         """Wait for the device and read."""

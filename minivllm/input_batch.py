@@ -18,7 +18,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -227,6 +227,7 @@ class InputBatch:
         self.free_rows = list(reversed(range(max_num_seqs)))  # taken from the right: row 0 first
         self.num_admissions = 0
         self.wants = {wish: set[str]() for wish in WISHES}  # whose it is, of the resident requests
+        self.last: tuple[dict[str, int], StepInputs] | None = None  # a step of decodes alone, until somebody comes or goes
 
     def add(self, new: NewRequestData, bad_words_token_ids: list[list[int]]) -> int:
         """Give a request a row: first-time, or resumed with what it had sampled before it was preempted."""
@@ -241,6 +242,7 @@ class InputBatch:
         self.num_tokens[row] = len(new.token_ids)
         self.num_computed[row] = new.num_computed_tokens
         self.num_blocks[row] = 0
+        self.last = None
         return row
 
     def remove(self, request_id: str) -> None:
@@ -249,13 +251,14 @@ class InputBatch:
         for whose in self.wants.values():
             whose.discard(request_id)
         if row is not None:
-            self.requests[row] = None
+            self.requests[row] = self.last = None
             self.free_rows.append(row)
 
     def rewind(self, rows: Sequence[int], num_computed: Sequence[int], num_tokens: Sequence[int], block_size: int) -> None:
         """Forget the guesses that were wrong, their positions, and the blocks that only they needed."""
         self.num_computed[rows], self.num_tokens[rows] = num_computed, num_tokens
         self.num_blocks[rows] = -(-np.asarray(num_computed) // block_size)
+        self.last = None
 
     def request(self, row: int) -> RowRequest:
         request = self.requests[row]
@@ -269,19 +272,29 @@ class InputBatch:
     def prepare(self, output: SchedulerOutput) -> StepInputs:
         """The flat arrays of this step. `num_computed` advances here, as it has in the scheduler."""
         scheduled, drafts = output.num_scheduled_tokens, output.scheduled_spec_decode_tokens
+        if self.last is not None and not drafts and scheduled == self.last[0]:
+            return self.one_further(*self.last)
         rows = np.fromiter(map(self.row_of.__getitem__, scheduled), dtype=np.int64, count=len(scheduled))
         query_lens = np.fromiter(scheduled.values(), dtype=np.int64, count=len(scheduled))
         num_drafts = np.zeros_like(rows) if not drafts else np.array([len(drafts.get(name, ())) for name in scheduled])
         # Decodes first: attention reads their contexts in one kernel. Of them the longest first: it begins with those, and the
-        # short ones fill the gaps at its end. The order does not change any result.
-        order = np.lexsort((-self.num_computed[rows], query_lens > 1))
+        # short ones fill the gaps at its end. Prompts likewise, so the next step has the order of this one. No result changes.
+        order = np.lexsort((-self.num_computed[rows] - query_lens, query_lens > 1))
         rows, query_lens, num_drafts = rows[order], query_lens[order], num_drafts[order]
         computed = self.num_computed[rows]
         starts = np.cumsum(query_lens) - query_lens  # (B,) where each request's tokens begin in the flat batch
         seq_lens = computed + query_lens
         self.num_computed[rows] = seq_lens
-        return StepInputs(
-            rows, query_lens, seq_lens, token_rows=np.repeat(rows, query_lens),
-            positions=np.arange(query_lens.sum()) - np.repeat(starts - computed, query_lens),  # (T,)
-            num_decodes=int((query_lens == 1).sum()), samples=seq_lens == self.num_tokens[rows] + num_drafts, num_drafts=num_drafts,
-        )
+        positions = np.arange(query_lens.sum()) - np.repeat(starts - computed, query_lens)  # (T,)
+        inputs = StepInputs(rows, query_lens, seq_lens, np.repeat(rows, query_lens), positions, int((query_lens == 1).sum()),
+                            seq_lens == self.num_tokens[rows] + num_drafts, num_drafts)
+        self.last = (scheduled, inputs) if inputs.num_decodes == len(rows) and not drafts else None
+        return inputs
+
+    def one_further(self, scheduled: dict[str, int], last: StepInputs) -> StepInputs:
+        """The step after a step of decodes, if the same requests decode: most steps are like that, and need no more than this."""
+        seq_lens = last.seq_lens + 1
+        self.num_computed[last.rows] = seq_lens
+        inputs = replace(last, seq_lens=seq_lens, positions=last.positions + 1, samples=seq_lens == self.num_tokens[last.rows])
+        self.last = scheduled, inputs
+        return inputs

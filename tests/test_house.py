@@ -145,7 +145,7 @@ def test_prose_is_counted_as_it_reads(tmp_path):
 
 
 def test_the_engine_can_be_read_in_an_afternoon():
-    """The engine is at most 3,580 lines of code, its fast rungs 1,210 and speculation 405 more, both of which can be left out, with
+    """The engine is at most 3,600 lines of code, its fast rungs 1,210 and speculation 405 more, both of which can be left out, with
     at most 0.7 lines of prose and space for each; server, bench, training program and course come on top.
     """
     engine = engine_modules()
@@ -153,7 +153,7 @@ def test_the_engine_can_be_read_in_an_afternoon():
     rung = sum(code.pop(name) for name in FAST_RUNGS)
     guessing = sum(code.pop(name) for name in SPECULATION)
     lines = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in engine)
-    assert sum(code.values()) <= 3580, f"the engine has {sum(code.values())} lines of code in {len(code)} modules"
+    assert sum(code.values()) <= 3600, f"the engine has {sum(code.values())} lines of code in {len(code)} modules"
     assert rung <= 1210, f"its fast rungs have {rung}"
     assert guessing <= 405, f"speculation has {guessing}"
     total = sum(code.values()) + rung + guessing

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from depth import examples
-from hypothesis import given, settings
+from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from minivllm.cuda_graphs import ZERO_BUCKETS, NewBlocks
@@ -29,11 +29,13 @@ def batch_of(computed: list[int]) -> InputBatch:
 @settings(max_examples=examples(100), deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 90), st.integers(1, 9)), min_size=1, max_size=8))
 def test_decodes_come_first_and_the_longest_of_them_before_all(requests):
-    """Whatever the order of the schedule: decodes by falling context, then prompts, and each keeps its own row and length."""
+    """Whatever the order of the schedule: decodes by falling context, then prompts likewise, and each keeps its row and length."""
     batch = batch_of([computed for computed, _ in requests])
     inputs = batch.prepare(SchedulerOutput(num_scheduled_tokens={str(i): count for i, (_, count) in enumerate(requests)}))
     lens = inputs.seq_lens[: inputs.num_decodes].tolist()
     assert lens == sorted(lens, reverse=True), f"contexts of the decodes stand as {lens}: a long one at the end ends the step late"
+    lens = inputs.seq_lens[inputs.num_decodes :].tolist()
+    assert lens == sorted(lens, reverse=True), f"contexts of the prompts stand as {lens}: as decodes they would stand otherwise"
     assert (inputs.query_lens[: inputs.num_decodes] == 1).all() and (inputs.query_lens[inputs.num_decodes :] > 1).all()
     found = {int(row): (int(seq_len - query_len), int(query_len))
              for row, query_len, seq_len in zip(inputs.rows, inputs.query_lens, inputs.seq_lens)}
@@ -53,6 +55,38 @@ def test_the_tokens_that_sample(requests):
         expected += range(start + known - 1, start + known + guesses) if does else ()
         start += known + guesses
     assert inputs.sampling_tokens.tolist() == expected
+
+
+@settings(max_examples=examples(100), deadline=None)
+@given(st.lists(st.integers(5, 90), min_size=1, max_size=5), st.data())
+def test_a_step_that_is_as_the_last_is_prepared_as_any_other(computed, data):
+    """Whoever decodes, stops, comes or goes: the same arrays as of a batch that remembers no step."""
+    batch, forgetful, present = batch_of(computed), batch_of(computed), set(map(str, range(len(computed))))
+    num_remembered = 0
+    for step in range(data.draw(st.integers(2, 8))):
+        kind = data.draw(st.sampled_from(["decode", "decode", "decode", "some", "prompt", "go", "rewind", "wait"]))
+        everyone, some = sorted(present), st.lists(st.sampled_from(sorted(present)), unique=True).map(sorted)
+        chosen = everyone if kind in ("decode", "prompt") else data.draw(some)
+        counts = dict.fromkeys(chosen, 3 if kind == "prompt" else 1)
+        if kind == "go" and len(present) > len(chosen):
+            present -= set(chosen)
+        for one in (batch, forgetful):
+            rows = [one.row_of[name] for name in chosen]
+            if kind == "go":
+                for name in sorted(counts.keys() - present):
+                    one.remove(name)
+            elif kind == "rewind" and rows:
+                one.rewind(rows, [2] * len(rows), [3] * len(rows), 4)
+            elif kind == "wait":  # their tokens are known, or not yet
+                one.num_tokens[rows] = one.num_computed[rows] + 1
+        counts = {name: count for name, count in counts.items() if name in present} or {min(present): 1}
+        forgetful.last, remembers = None, batch.last is not None and batch.last[0] == counts
+        inputs, expected = (one.prepare(SchedulerOutput(num_scheduled_tokens=dict(counts))) for one in (batch, forgetful))
+        num_remembered += remembers
+        for name, value in vars(expected).items():
+            assert np.array_equal(vars(inputs)[name], value), f"{name} of step {step} ({kind}) is not what it would be anew"
+        assert np.array_equal(batch.num_computed, forgetful.num_computed)
+    event(f"remembered {num_remembered > 0}")
 
 
 def new_request(name: str, token_ids: list[int], computed: int, blocks: list[int], **params) -> NewRequestData:

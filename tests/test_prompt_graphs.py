@@ -6,6 +6,8 @@ Graphs themselves: test_gpu_graphs.py.
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -15,8 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_engine import greedy, make_llm, prompts_of, tokens_of
 
+from minivllm import cuda_graphs, input_batch, model_runner, prompt_graphs, step_sampler
 from minivllm.attention import allocate_kv_cache
 from minivllm.config import ModelConfig
+from minivllm.cuda_graphs import ZERO_BUCKETS
 from minivllm.flex_attention import QUERY_TILE, FlexPagedAttention
 from minivllm.input_batch import RowTensors, StepInputs
 from minivllm.prompt_graphs import HOST_BOUND_FLOPS, MOST_PROMPTS, TOKEN_BUCKETS, PromptGraphs, token_buckets
@@ -124,3 +128,28 @@ def test_a_request_that_joins_a_large_batch_has_a_graph(flex_on_cpu):  # noqa: F
     assert outputs[0] == outputs[1]
     large = [step for step in joined if step[0] > MOST_PROMPTS and step[1] > step[0]]
     assert len(large) > 5, f"steps by graph, decodes and requests: {joined}"
+
+
+def test_what_the_host_sends_in_a_step(flex_on_cpu, monkeypatch):  # noqa: F811
+    """A step with prompts: what is new in the rows, the graph's integers, whose tokens these are. A decode: nothing, or one thing
+    where somebody gets a block. The GPU waits for each of them.
+    """
+    sent: list[str] = []
+    for module in (input_batch, cuda_graphs, prompt_graphs, model_runner, step_sampler):
+        for name in {"upload", "upload_into"} & set(vars(module)):
+            own = getattr(module, name)
+            monkeypatch.setattr(module, name, lambda *args, own=own, module=module: (
+                sent.append(module.__name__.removeprefix("minivllm.")), own(*args))[1])
+    llm = make_llm(attention_backend="flex_attention", num_blocks=40, max_num_seqs=4, max_model_len=64, block_size=16)
+    new = llm.engine.runner.new_blocks
+    new.graphs = {size: SimpleNamespace(replay=lambda size=size: new.compute(size)) for size in ZERO_BUCKETS}
+    sent.clear()
+    llm.enqueue(prompts_of(5, 9), greedy(20))
+    steps = []
+    while llm.engine.has_unfinished_requests():
+        llm.engine.step()
+        steps.append(sorted(sent))
+        sent.clear()
+    assert steps[0] == ["cuda_graphs", "input_batch", "prompt_graphs"], f"a step with prompts sends {steps[0]}"
+    assert set(map(tuple, steps[1:])) == {(), ("input_batch",)} and len(steps) == 20, f"decodes send {steps[1:]}"
+    assert steps.count(["input_batch"]) == 2, "each request got a second block"
