@@ -83,8 +83,8 @@ def second_half(num_tokens: int) -> Callable[..., Tensor]:
     return one_token.after_attention if num_tokens == 1 else after_attention
 
 
-# A kernel starts while the one before it ends, and waits only where it reads what that one wrote (Programmatic Dependent Launch):
-# its weights are on their way by then.
+# A kernel starts while the one before it ends, and waits where it reads what that one wrote (Programmatic Dependent Launch). What
+# it loads first is on its way by then, if that is no loop: weights (row_tiles.py). torch puts everything else behind the wait.
 ONE_TOKEN: dict[str, Any] = {"triton.enable_pdl": True}
 
 # The sum of a product's parts is not stored before its heads are rotated, which reads each number twice.

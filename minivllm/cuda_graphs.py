@@ -220,13 +220,13 @@ class NewBlocks:
         return seconds
 
     def compute(self, size: int) -> None:
-        self.zero_blocks(self.blocks, self.rows.new_blocks[:size].long())
+        self.zero_blocks(self.blocks, self.rows.block_ids_to_zero[:size].long())
 
     def zero(self, block_ids: np.ndarray) -> None:
         """Zero these now, or note them for `run`."""
         if self.graphs and len(block_ids) <= MOST_NEW_BLOCKS:
             self.count = len(block_ids)
-            self.rows.note("new_blocks", np.arange(MOST_NEW_BLOCKS), np.pad(block_ids, (0, MOST_NEW_BLOCKS - self.count)))
+            self.rows.note("block_ids_to_zero", np.arange(MOST_NEW_BLOCKS), np.pad(block_ids, (0, MOST_NEW_BLOCKS - self.count)))
         else:  # a single one comes twice, and needs no kernel of its own
             self.zero_blocks(self.blocks, upload(np.resize(block_ids, max(2, len(block_ids))), self.rows.device))
 

@@ -71,14 +71,14 @@ class RowTensors:
     # top_k (0 = off), top_p, min_p; repetition, presence and frequency penalty, and how many tokens are the prompt's
     cuts: Tensor  # (7, rows) float32
     block_index: Tensor  # (num_blocks,) int32  where in its request each block stands: the same number for all who share it
-    new_blocks: Tensor  # (MOST_NEW_BLOCKS,) int32  what this step hands out, and null blocks (`NewBlocks`)
+    block_ids_to_zero: Tensor  # (MOST_NEW_BLOCKS,) int32  what this step hands out, and null blocks (`NewBlocks`)
 
     def __init__(self, num_rows: int, max_model_len: int, num_blocks: int, block_size: int, device: torch.device) -> None:
         self.padding_row, self.device = num_rows, device
         rows, neutral = num_rows + 1, [*NO_CUTS, *NO_PENALTIES, 0.0]
         fields = {"token_ids": (rows, max_model_len), "block_table": (rows, -(-max_model_len // block_size)), "positions": (rows,),
                   "temperature": (rows,), "seed_keys": (rows, 2), "cuts": (len(neutral), rows), "block_index": (num_blocks,),
-                  "new_blocks": (MOST_NEW_BLOCKS,)}
+                  "block_ids_to_zero": (MOST_NEW_BLOCKS,)}
         sizes = [-(-math.prod(shape) // ALIGNMENT) * ALIGNMENT for shape in fields.values()]
         self.numbers = torch.full((sum(sizes),), NULL_BLOCK, dtype=torch.int32, device=device)  # which is 0
         self.starts = dict(zip(fields, itertools.accumulate(sizes, initial=0)))

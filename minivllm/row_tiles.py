@@ -12,11 +12,11 @@ pays, and an H200 begins no more than 820 programs in a microsecond. So a row's 
     256         1,025 to 8,192          0.5B: down                   one whole row
     256         more than that          1.5B: down                   one row, 1,024 at a time
 
-Whole rows are no loop, so all weights of a program are on their way before it waits for the kernel before it to end (Programmatic
-Dependent Launch, compiled_model.py). Norms of 7B, of any number of tokens, hold their row whole. Everything else is left to
-torch.compile, to its rules and not to its clock (`compiling`). It could search (coordinate descent), one step at a time and each
-kernel alone, which takes 12 s of a start or more and finds another place every time. Milliseconds of a step of one token, 200
-positions, on an H200:
+Whole rows are no loop: what a program loads first, which is weights, is on its way before it waits for the kernel before it to end
+(Programmatic Dependent Launch, compiled_model.py). Of gate and up only gate is first. Norms of 7B, of any number of tokens, hold
+their row whole. Everything else is left to torch.compile, to its rules and not to its clock (`compiling`). It could search
+(coordinate descent), one step at a time and each kernel alone, which takes 12 s of a start or more and finds another place every
+time. Milliseconds of a step of one token, 200 positions, on an H200:
 
     0.5B    left alone 0.76    found by search 0.68 - 0.74    these 0.56
     1.5B    512 numbers, or left alone 1.38                   these 1.27

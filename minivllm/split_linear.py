@@ -84,6 +84,6 @@ class SplitLinear(nn.Module):
 
 
 def split_linears(layer: DecoderLayer) -> None:
-    """Let a layer compute its two projections back to the hidden size in parts or blocks. The weights stay where they are."""
+    """Let a layer compute these three projections in parts or blocks, where that pays. The weights stay where they are."""
     for parent, name in ((layer.self_attn, "qkv_proj"), (layer.self_attn, "o_proj"), (layer.mlp, "down_proj")):
         setattr(parent, name, SplitLinear(getattr(parent, name)))

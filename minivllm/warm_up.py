@@ -8,7 +8,7 @@ torch.compile write another kernel has to come here: a number of rows that is on
     no graph           few tokens, more and many, and all hidden states, one or two asked for: attention of prompts, and the rest
     logits             of all buckets of batch sizes: attention, which another process may have compiled (compile_ahead.py)
     decode graphs      the same with samplers behind them, which likewise, and verifications, if somebody guesses
-    prompt graphs      one for each bucket of tokens: by now everything is compiled, and these are only recorded
+    other graphs       the head behind other steps, prompts of each bucket of tokens, new blocks: only recorded, not compiled
 
 On a CPU nothing is compiled, and the same objects compute every step as they would record it.
 """

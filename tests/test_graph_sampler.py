@@ -170,12 +170,14 @@ def test_a_long_prompt_of_one_token_is_no_output():
     ({"top_k": MOST_TOP_K + 1, "top_p": 0.9}, "me"), ({"temperature": 0, "top_p": 0.9, "top_k": 99}, ""), ({"min_tokens": 1}, "ms"),
     ({"temperature": 0.01, "top_k": 5}, "me"), ({"logit_bias": {1: 2.0}}, "me"), ({"allowed_token_ids": [1]}, "ms"),
     ({"temperature": 0, "bad_words": ["no"]}, "ms"), ({"repetition_penalty": 1.1, "presence_penalty": -1.0}, "m"),
-    ({"temperature": 0, "frequency_penalty": 0.1}, "m"), ({"prompt_logprobs": 0}, "p")])
+    ({"temperature": 0, "frequency_penalty": 0.1}, "m"), ({"prompt_logprobs": 0}, "p"),
+    ({"logprobs": 0}, "l")])
 def test_what_a_request_costs_its_batch(asked, wishes):
     """Penalties and cuts by a small top_k are numbers in a row, a top_p alone needs a search, masks are applied before, and a table
     of biases, a large top_k and a tiny temperature are left to the whole sampler.
     """
-    letters = {"m": "more than a temperature", "n": "a nucleus", "s": "masks", "e": "everything", "p": "prompt_logprobs"}
+    letters = {"m": "more than a temperature", "n": "a nucleus", "s": "masks", "e": "everything", "p": "prompt_logprobs",
+               "l": "logprobs"}
     assert wishes_of(SamplingParams(**asked)) == [letters[letter] for letter in wishes]
 
 
