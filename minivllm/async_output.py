@@ -1,9 +1,9 @@
 """Lesson 9. A step that is on its way: what was sampled, as a promise.
 
-Owns the copies from the device to the host and the wait for them. Whoever calls `result` at once has a synchronous engine;
-whoever launches the next step first has the host's work for free, because the GPU computes meanwhile.
+Owns the wait for a step, and what its tokens become on the host. Whoever calls `result` at once has a synchronous engine; whoever
+launches the next step first has the host's work for free, because the GPU computes meanwhile.
 
-    launch N    kernels of N | copy of N's tokens | event      in the device's queue, in this order
+    launch N    kernels of N, or graph | copy, unless a mailbox has the tokens | event      in the device's queue, in this order
     launch N+1  kernels of N+1 ...                             may begin before the host has seen N's tokens: they lie in the rows
     result of N waits for the event, and not for N+1
 
@@ -12,60 +12,49 @@ vLLM's runner (vllm/v1/worker/gpu/model_runner.py) hands out the same kind of pr
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from minivllm.logprobs import LogprobsTensors, PromptLogprobs, to_dicts
 from minivllm.scheduler_output import ModelOutput
 from minivllm.speculative import accepted_run
-
-
-def download(tensor: Tensor) -> Tensor:
-    """A copy on the host, which is there when the device has reached this point. On a CPU the tensor itself."""
-    if tensor.device.type == "cpu":
-        return tensor
-    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
-
-
-def mark(tensor: Tensor | None) -> torch.cuda.Event | None:
-    """A mark in the queue of the tensor's device, behind all that was launched so far. None on a CPU, where nobody waits."""
-    if tensor is None or not tensor.is_cuda:
-        return None
-    event = torch.cuda.Event()
-    event.record()
-    return event
+from minivllm.transfers import download, mark
 
 
 class AsyncOutput:
     """The tokens (R,) of R rows of logits, and the logprobs that some of them asked for.
 
-    A request whose `drafts` were verified has a row behind each of them, and gets the run of tokens that these accept.
+    A request whose `drafts` were verified has a row behind each of them, and gets the run of tokens that these accept. `read` gives
+    the tokens once the step is over, where a mailbox has them; else they are copied.
     """
 
     def __init__(self, request_ids: Sequence[str] = (), token_ids: Tensor | None = None,
-                 prompt_logprobs: PromptLogprobs | None = None, drafts: Mapping[str, list[int]] | None = None) -> None:
+                 prompt_logprobs: PromptLogprobs | None = None, drafts: Mapping[str, list[int]] | None = None,
+                 read: Callable[[], list[Any]] | None = None) -> None:
         self.request_ids = request_ids
         self.prompt_logprobs = prompt_logprobs or {}
         self.drafts = drafts or {}
         self.logprobs: LogprobsTensors | None = None
         self.asked: dict[int, int] = {}  # who of the R asked for logprobs, and for how many
-        self.token_ids = None if token_ids is None else download(token_ids)
+        self.read = read or (list if token_ids is None else download(token_ids).tolist)
         self.is_done = mark(token_ids)
 
     def add_logprobs(self, tensors: LogprobsTensors, asked: dict[int, int]) -> None:
         self.logprobs, self.asked = LogprobsTensors(*map(download, tensors)), asked
         self.is_done = mark(tensors.token_ids)
 
+    def wait_and_read(self) -> list[Any]:
+        """What was sampled."""
+        if self.is_done is not None:
+            self.is_done.synchronize()
+        return self.read()
+
     def result(self) -> ModelOutput:
         """Wait for the device and read."""
         output = ModelOutput(prompt_logprobs=self.prompt_logprobs)
-        if self.token_ids is None:
-            return output
-        if self.is_done is not None:
-            self.is_done.synchronize()
-        tokens = self.token_ids.tolist()
+        tokens = self.wait_and_read()
         if self.drafts:
             for name, token in zip(self.request_ids, tokens):
                 output.sampled_token_ids.setdefault(name, []).append(token)

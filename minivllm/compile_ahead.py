@@ -41,12 +41,13 @@ from minivllm.config import EngineConfig, ModelConfig
 from minivllm.cuda_graphs import DecodeGraphs, bucket_sizes
 from minivllm.flex_attention import FlexPagedAttention, num_splits
 from minivllm.graph_sampler import SamplerGraphs
-from minivllm.input_batch import RowTensors, upload
+from minivllm.input_batch import RowTensors
 from minivllm.memory import kv_bytes_per_block
 from minivllm.model import DecoderLayer, RotaryEmbedding
 from minivllm.profile_run import GIB, SAMPLER_COPIES, MemorySum, NoAttention
 from minivllm.prompt_graphs import NOBODYS, decodes_first, padded_decodes
 from minivllm.threads import cpu_quota
+from minivllm.transfers import upload
 from minivllm.version import __version__
 
 logger = logging.getLogger("minivllm")

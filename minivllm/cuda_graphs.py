@@ -24,9 +24,11 @@ from minivllm import one_token
 from minivllm.attention import PagedAttention, slot_mapping, zero_blocks
 from minivllm.compiled_model import OneAndMany
 from minivllm.flex_attention import FlexMetadata, decode_metadata, ends
-from minivllm.input_batch import MOST_NEW_BLOCKS, RowTensors, upload, upload_into
+from minivllm.input_batch import MOST_NEW_BLOCKS, RowTensors
+from minivllm.mailbox import deliver
 from minivllm.model import Qwen2ForCausalLM
 from minivllm.sampler import sample_plain
+from minivllm.transfers import upload, upload_into
 
 ZERO_BUCKETS = (8, MOST_NEW_BLOCKS)
 WARM_UP_RUNS = 2  # the first compiles, the second runs what was compiled
@@ -96,7 +98,7 @@ def sample_into_rows(logits: Tensor, rows: RowTensors, index: Tensor) -> Tensor:
     """A plainly sampled token (R,) from each of the logits (R, V), which becomes its row's newest."""
     positions = rows.positions[index].long()
     token_ids = sample_plain(logits, rows.temperature[index], rows.seed_keys[index], positions)
-    rows.token_ids[index, positions] = token_ids.int()
+    deliver(rows, index, positions, token_ids)
     return token_ids
 
 

@@ -30,6 +30,7 @@ import torch
 from minivllm.config import EngineConfig, ModelConfig
 from minivllm.exceptions import ValidationError
 from minivllm.kv_cache import BlockHash
+from minivllm.mailbox import NUM_SLOTS
 from minivllm.model import Qwen2ForCausalLM
 from minivllm.model_runner import ModelRunner
 from minivllm.packed_linear import pack_linears
@@ -144,7 +145,10 @@ class DraftModelProposer:
         return table[num_hits:]
 
     def run(self, num_wanted: dict[str, int], output: SchedulerOutput) -> dict[str, list[int]]:
-        """Steps of at most `budget` tokens until every request has its drafts. Waits for the device once, at the end."""
+        """Steps of at most `budget` tokens until every request has its drafts. Waits for the device once, at the end,
+        or when a mailbox holds no more.
+        """
+        drafts: dict[str, list[int]] = {request_id: [] for request_id in num_wanted}
         num_missing = {request_id: self.residents[request_id].request.num_tokens - self.residents[request_id].num_computed
                        for request_id in num_wanted}
         num_left, launched = dict(num_wanted), list[LaunchedStep]()
@@ -160,10 +164,11 @@ class DraftModelProposer:
                         num_missing[request_id] = 1
             launched.append(self.runner.execute_model(output))
             output = SchedulerOutput()  # rows change in the first step alone
-        drafts: dict[str, list[int]] = {request_id: [] for request_id in num_wanted}
-        for step in launched:  # all are launched by now: what a step samples is where the next one reads it
-            for request_id, token_ids in step.result().sampled_token_ids.items():
-                drafts[request_id] += token_ids
+            if len(launched) == NUM_SLOTS or not any(num_left.values()):  # what a step samples is where the next one reads it
+                for step in launched:
+                    for request_id, token_ids in step.result().sampled_token_ids.items():
+                        drafts[request_id] += token_ids
+                launched.clear()
         return drafts
 
     def note_computed(self, request: Request, drafts: list[int], table: list[int]) -> None:

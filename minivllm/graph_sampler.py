@@ -28,6 +28,7 @@ from torch import Tensor
 from minivllm.compiled_model import OneAndMany
 from minivllm.cuda_graphs import DecodeGraphs, at_least_two, bucket_of, bucket_sizes, record
 from minivllm.input_batch import MOST_TOP_K, RowTensors
+from minivllm.mailbox import deliver
 from minivllm.sampler import NEVER, PART, draw, output_penalties, repetition_penalty
 
 FAINT = 2.0**-20  # what a prompt's token counts: a million of them are not yet one of the output
@@ -121,7 +122,7 @@ def sample_by_cuts(logits: Tensor, rows: RowTensors, index: Tensor, back: Tensor
     logits, ordered = (logits - largest) / temperature, (ordered - largest) / temperature
     least = torch.maximum(floor[:, None], threshold(logits, ordered, rows.cuts[:, index, None]))
     token_ids = draw(logits.masked_fill(logits < least, NEVER), rows.seed_keys[index], positions, 1.0 - is_greedy.float())
-    rows.token_ids[index, positions] = token_ids.int()
+    deliver(rows, index, positions, token_ids)
     return token_ids
 
 

@@ -26,10 +26,12 @@ import torch
 from torch import Tensor
 
 from minivllm.attention import NULL_BLOCK
+from minivllm.mailbox import Mailbox
 from minivllm.sampler import seed_keys
 from minivllm.sampling_metadata import NO_PENALTIES
 from minivllm.sampling_params import SamplingParams
 from minivllm.scheduler_output import NewRequestData, SchedulerOutput
+from minivllm.transfers import upload
 
 NO_CUTS = (0.0, 1.0, 0.0)  # top_k, top_p, min_p: nothing is cut off
 MOST_TOP_K = 64  # what is put in order where a graph samples (graph_sampler.py)
@@ -38,20 +40,6 @@ MOST_NEW_BLOCKS = 64  # that one step zeroes by a graph
 FLOATS = ("temperature", "cuts")  # fields of numbers with a fraction; all others are integers
 ALIGNMENT = 64  # numbers: torch.compile copies what does not begin at a multiple of 16 bytes
 WISHES = ("more than a temperature", "a nucleus", "masks", "everything", "prompt_logprobs", "logprobs")
-
-
-def upload(values: np.ndarray, device: torch.device) -> Tensor:
-    """One copy to the device. From pinned memory, which torch hands out anew only when the copy is done, so that no later
-    step can overwrite what is still being read.
-    """
-    tensor = torch.from_numpy(values)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
-
-
-def upload_into(target: Tensor, values: np.ndarray) -> None:
-    """The same into memory of the device that is there already, of the same shape."""
-    tensor = torch.from_numpy(values)
-    target.copy_(tensor.pin_memory() if target.is_cuda else tensor, non_blocking=True)
 
 
 class RowTensors:
@@ -87,6 +75,7 @@ class RowTensors:
             # As a tensor of its own: torch.compile would want to know of every kernel that writes one what the others see of it.
             setattr(self, name, torch.from_dlpack(field.view(torch.float32) if name in FLOATS else field))
         self.cuts.copy_(torch.tensor(neutral)[:, None])
+        self.mailbox = Mailbox(rows, device)
         self.noted: list[tuple[np.ndarray, np.ndarray]] = []  # where in `numbers`, and what (its bits)
         self.moved: dict[int, int] = {}  # the newest position of rows whose positions change
 

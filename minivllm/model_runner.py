@@ -33,7 +33,7 @@ from minivllm.attention import AttentionMetadata, PagedAttention, allocate_kv_ca
 from minivllm.config import EngineConfig
 from minivllm.cuda_graphs import DecodeGraphs, NewBlocks
 from minivllm.flex_attention import FlexPagedAttention
-from minivllm.input_batch import InputBatch, RowTensors, StepInputs, upload
+from minivllm.input_batch import InputBatch, RowTensors, StepInputs
 from minivllm.logprobs import step_prompt_logprobs
 from minivllm.model import Qwen2ForCausalLM
 from minivllm.prompt_graphs import PromptGraphs, ungraphed_metadata
@@ -41,6 +41,7 @@ from minivllm.sampling_metadata import encode_bad_words
 from minivllm.scheduler_output import Rewind, SchedulerOutput
 from minivllm.standing_attention import StandingAttention
 from minivllm.step_sampler import StepSampler
+from minivllm.transfers import upload
 from minivllm.verify_graphs import AcceptedRuns, VerifyGraphs
 
 ATTENTION = {"paged_gather": PagedAttention, "standing": StandingAttention, "flex_attention": FlexPagedAttention}

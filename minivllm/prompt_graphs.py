@@ -29,7 +29,8 @@ from minivllm.attention import PagedAttention, slot_mapping
 from minivllm.config import ModelConfig
 from minivllm.cuda_graphs import bucket_of, bucket_sizes, record
 from minivllm.flex_attention import QUERY_TILE, FlexMetadata, cut_into_tiles, decode_metadata, ends, prefill_metadata
-from minivllm.input_batch import RowTensors, StepInputs, upload, upload_into
+from minivllm.input_batch import RowTensors, StepInputs
+from minivllm.transfers import upload, upload_into
 
 TOKEN_BUCKETS = (32, 64, 96, 128, 160, 192, 256, 320, 384, 512, 768, 1024, 1280, 1536, 1792, 2048, 2560, 3072, 4096, 5120, 6144,
                  8192)

@@ -14,7 +14,7 @@ Whatever was drawn becomes its row's newest token on the device, and is on its w
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 from torch import Tensor
@@ -22,11 +22,12 @@ from torch import Tensor
 from minivllm.async_output import AsyncOutput
 from minivllm.cuda_graphs import DecodeGraphs
 from minivllm.graph_sampler import SamplerGraphs
-from minivllm.input_batch import InputBatch, RowTensors, StepInputs, upload
+from minivllm.input_batch import InputBatch, RowTensors, StepInputs
 from minivllm.logprobs import WHOLE_VOCABULARY, PromptLogprobs, compute_logprobs
 from minivllm.model import Qwen2ForCausalLM
 from minivllm.sampler import mask_and_bias, sample
 from minivllm.sampling_metadata import RowParams, SamplingMetadata
+from minivllm.transfers import upload
 
 
 class StepSampler:
@@ -59,15 +60,16 @@ class StepSampler:
         """What a graph has drawn, by temperature alone, from the logits (R, V) of these rows (R,), each of which comes once."""
         assert self.decode_graphs is not None, "it has made the logits"
         index, of_model, wants = self.decode_graphs.index[: len(rows)], logits, self.batch.wants
+        read: Callable[[], list[int]] | None = self.rows.mailbox.reader(rows, self.batch.num_tokens[rows])
         if wants["everything"]:
-            token_ids = self.sample_by_all_parameters(logits, rows, index)
+            token_ids, read = self.sample_by_all_parameters(logits, rows, index), None
         elif wants["more than a temperature"] and self.sampler_graphs is not None:
             if wants["masks"]:  # written where the graph looks for logits; logprobs are those of the model
                 of_model = logits.clone()
                 logits.copy_(mask_and_bias(of_model, self.metadata_of(rows, index, 0, 0)))
             token_ids = self.sampler_graphs.run(len(rows), by_mass=bool(wants["a nucleus"]))
         self.batch.num_tokens[rows] += 1
-        return self.launched(rows, of_model, token_ids, prompts, {})
+        return self.launched(rows, of_model, token_ids, prompts, {}, read)
 
     def sample_behind_drafts(self, rows: np.ndarray, num_sampled: np.ndarray, hidden: Tensor, prompts: PromptLogprobs,
                              drafts: Mapping[str, list[int]]) -> AsyncOutput:
@@ -97,9 +99,9 @@ class StepSampler:
         return token_ids
 
     def launched(self, rows: np.ndarray, logits: Tensor, token_ids: Tensor, prompts: PromptLogprobs,
-                 drafts: Mapping[str, list[int]]) -> AsyncOutput:
-        """Send each row's sampled token (R,) on its way to the host, and logprobs to those who asked."""
-        step = AsyncOutput(self.batch.names_of(rows), token_ids, prompts, drafts)  # now: rows may belong to others when it arrives
+                 drafts: Mapping[str, list[int]], read: Callable[[], list[int]] | None = None) -> AsyncOutput:
+        """Send each row's sampled token (R,) on its way to the host, unless `read` finds it there, and logprobs if asked for."""
+        step = AsyncOutput(self.batch.names_of(rows), token_ids, prompts, drafts, read)  # now: rows may be others' when it arrives
         if not self.batch.wants["logprobs"]:
             return step
         wished = [self.batch.request(row).params.logprobs for row in rows.tolist()]

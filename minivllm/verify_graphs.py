@@ -28,9 +28,10 @@ from minivllm.async_output import AsyncOutput
 from minivllm.attention import NULL_BLOCK, slot_mapping
 from minivllm.cuda_graphs import DecodeGraphs, bucket_of, bucket_sizes, record
 from minivllm.flex_attention import FlexMetadata, decode_metadata, ends
-from minivllm.input_batch import RowTensors, StepInputs, upload, upload_into
+from minivllm.input_batch import RowTensors, StepInputs
 from minivllm.sampler import sample_plain
 from minivllm.scheduler_output import ModelOutput
+from minivllm.transfers import upload, upload_into
 
 
 def places(step: Tensor) -> Tensor:
@@ -81,10 +82,7 @@ class AcceptedRuns(AsyncOutput):
 
     def result(self) -> ModelOutput:
         """Wait for the device and read."""
-        assert self.token_ids is not None, "a verification has sampled something"
-        if self.is_done is not None:
-            self.is_done.synchronize()
-        return ModelOutput({name: line[1 : 1 + line[0]] for name, line in zip(self.request_ids, self.token_ids.tolist())})
+        return ModelOutput({name: line[1 : 1 + line[0]] for name, line in zip(self.request_ids, self.wait_and_read())})
 
 
 class VerifyGraphs(DecodeGraphs):

@@ -25,10 +25,11 @@ from minivllm.attention import NULL_BLOCK
 from minivllm.compiled_model import CompiledModel, compiling
 from minivllm.cuda_graphs import DecodeGraphs, bucket_sizes
 from minivllm.graph_sampler import SamplerGraphs
-from minivllm.input_batch import StepInputs, upload
+from minivllm.input_batch import StepInputs
 from minivllm.model_runner import ModelRunner
 from minivllm.prompt_graphs import PromptGraphs, token_buckets
 from minivllm.split_linear import FEW_TOKENS, MOST_TOKENS
+from minivllm.transfers import upload
 from minivllm.verify_graphs import VerifyGraphs
 
 

@@ -50,8 +50,12 @@ def listed_attention(q: Tensor, k: Tensor, v: Tensor, *, block_mask: Any, enable
     return output
 
 
+def use_flex_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """attention_backend="flex_attention" on a CPU: the same metadata, runner and buckets, another kernel."""
+    monkeypatch.setattr(flex_attention, "compiled", lambda **_: listed_attention)
+    monkeypatch.setattr(startup, "decide_attention_backend", lambda config, *_: config.attention_backend)
+
+
 @pytest.fixture
 def flex_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """attention_backend="flex_attention" on a CPU: the same metadata, runner and buckets, another kernel."""
-    monkeypatch.setattr(flex_attention, "compiled", lambda *, dynamic: listed_attention)
-    monkeypatch.setattr(startup, "decide_attention_backend", lambda config, *_: config.attention_backend)
+    use_flex_on_cpu(monkeypatch)

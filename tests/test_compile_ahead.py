@@ -33,6 +33,7 @@ from minivllm.cuda_graphs import bucket_sizes
 from minivllm.flex_attention import FlexPagedAttention, num_splits
 from minivllm.graph_sampler import SamplerGraphs
 from minivllm.input_batch import RowTensors
+from minivllm.mailbox import Mailbox
 from minivllm.profile_run import GIB, MemorySum
 
 ROOM = MemorySum(total=100 * GIB, usable=90 * GIB, weights=GIB, others=GIB, activations=GIB, graphs=GIB)
@@ -58,7 +59,7 @@ def like(value: object) -> object:
     """What torch.compile sees of an argument: shape, strides and dtype of a tensor, and those of all rows."""
     if isinstance(value, torch.Tensor):
         return tuple(value.shape), value.stride(), value.dtype
-    if isinstance(value, RowTensors):
+    if isinstance(value, RowTensors | Mailbox):
         return {name: like(entry) for name, entry in vars(value).items()}
     return value
 
@@ -106,12 +107,12 @@ def test_attention_is_compiled_as_a_warm_up_asks_for_it(monkeypatch, max_num_seq
     """For every bucket that has a kernel of its own the same queries, cache, tables and options, strides included."""
     calls: list[tuple] = []
 
-    def compiled(*, dynamic):
+    def compiled(*, dynamic, for_one=False):
         def attend(q, keys, values, *, block_mask, kernel_options):
             tensors = (q, keys, values, block_mask.kv_num_blocks, block_mask.kv_indices)
             if not dynamic:
                 calls.append((*map(like, tensors), block_mask.full_kv_indices, block_mask.BLOCK_SIZE, block_mask.seq_lengths,
-                              kernel_options))
+                              kernel_options, for_one))
             return torch.zeros(q.shape)
         return attend
 

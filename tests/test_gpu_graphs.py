@@ -16,7 +16,7 @@ from tiny_models import random_qwen2
 
 from minivllm import LLM, SamplingParams
 from minivllm.bench.anatomy import profiled_replays
-from minivllm.input_batch import upload
+from minivllm.transfers import upload
 
 
 @functools.lru_cache(maxsize=1)
@@ -154,6 +154,17 @@ class TestOnTheDevice:
             array[:] = number
             arrived.append(upload(array, device))
         assert [int(tensor.max()) for tensor in arrived] == [int(tensor.min()) for tensor in arrived] == list(range(200))
+
+    def test_sampled_tokens_are_written_to_the_host_and_not_copied(self):
+        """Neither behind prompts nor behind decodes, by temperature alone or as chat models ask, has the host a copy made for it."""
+        llm, chat = graphed(), {"temperature": 0.8, "seed": 3, "top_k": 9, "repetition_penalty": 1.1}
+        for params in ({"temperature": 0}, {"temperature": 1, "seed": 5}, chat):
+            params = SamplingParams(max_tokens=30, ignore_eos=True, detokenize=False, **params)
+            expected = tokens_of(readable().generate(prompts_of(4, 9, 30), params, use_tqdm=False))
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+                found = tokens_of(llm.generate(prompts_of(4, 9, 30), params, use_tqdm=False))
+            copies = {event.key: event.count for event in profile.key_averages() if "DtoH" in event.key}
+            assert found == expected and not copies, f"{params}: {copies}"
 
     def test_t33_a_small_batch_after_a_large_one_sees_nothing_of_it(self):
         """8 requests and then 5 through the same bucket give what each batch gives on the readable rung."""
