@@ -156,7 +156,7 @@ class TestOnTheDevice:
         assert [int(tensor.max()) for tensor in arrived] == [int(tensor.min()) for tensor in arrived] == list(range(200))
 
     def test_sampled_tokens_are_written_to_the_host_and_not_copied(self):
-        """Neither behind prompts nor behind decodes, by temperature alone or as chat models ask, has the host a copy made for it."""
+        """Neither behind prompts nor behind decodes, by temperature alone or as chat models ask, is a copy made for the host."""
         llm, chat = graphed(), {"temperature": 0.8, "seed": 3, "top_k": 9, "repetition_penalty": 1.1}
         for params in ({"temperature": 0}, {"temperature": 1, "seed": 5}, chat):
             params = SamplingParams(max_tokens=30, ignore_eos=True, detokenize=False, **params)
