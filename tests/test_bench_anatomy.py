@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from minivllm.bench import anatomy
 from minivllm.bench.command import main
+from minivllm.input_batch import RowTensors
 
 
 @pytest.mark.parametrize(("kernel", "group"), [
@@ -47,6 +51,47 @@ def test_the_report_tells_every_group_and_the_gaps():
     assert "2,000 tokens/s" in text and "(25%)" in text and "10.0x" in text and "50% of a large matrix product" in text
     lines = {line.split("  ")[1]: line for line in text.splitlines() if line.startswith("  ")}
     assert "30.0%" in lines["attention"] and "50.0%" in lines["matrix products"] and "20.0%" in lines["gaps between kernels"]
+
+
+@given(st.integers(1, 300), st.integers(1, 3000), st.floats(0, 0.99))
+def test_contexts_spread_evenly_around_their_mean(count, mean, ratio):
+    """The longest first, none below 1 - R or above 1 + R times the mean, which they have; all alike without R."""
+    lens = anatomy.spread_lens(count, mean, ratio)
+    assert len(lens) == count and lens == sorted(lens, reverse=True)
+    assert min(lens) >= round(mean * (1 - ratio)) and max(lens) <= round(mean * (1 + ratio))
+    assert abs(sum(lens) / count - mean) <= 0.5
+    assert ratio or lens == [mean] * count
+
+
+def test_a_replay_starts_each_row_a_little_before_its_length(monkeypatch):
+    """Half of the replays come before a row has the length that is asked for, and half after; a short row starts at 0."""
+    class Event:
+        def __init__(self, **_) -> None:
+            pass
+
+        def record(self) -> None:
+            pass
+
+        def synchronize(self) -> None:
+            pass
+
+        def elapsed_time(self, end: Event) -> float:
+            return 50.0
+
+    class Graph:
+        def replay(self) -> None:
+            seen.append(rows.positions.clone())
+            rows.positions[:2] += 1
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    seen, rows = [], RowTensors(3, 600, 9, 64, torch.device("cpu"))
+    assert anatomy.timed_replays(Graph(), rows, [400, 30]) == 50.0 / anatomy.NUM_REPLAYS
+    assert len(seen) == anatomy.NUM_REPLAYS and seen[0].tolist() == [400 - 1 - anatomy.NUM_REPLAYS // 2, 0, 0, 0]
+
+
+def test_a_range_ratio_that_is_none_is_refused(capsys):
+    assert main(["anatomy", "--shape", "tiny-cpu", "--random-range-ratio", "1.5"]) == 2
+    assert "--random-range-ratio: must be at least 0 and below 1, got 1.5" in capsys.readouterr().err
 
 
 def test_without_a_gpu_it_says_so(capsys):

@@ -25,7 +25,7 @@ from minivllm import cost
 from minivllm.bench.backends import MinivllmBackend
 from minivllm.bench.cost_floor import measure_bandwidth, wait_for
 from minivllm.bench.environment import describe_environment, environment_lines
-from minivllm.bench.flags import OneLineParser, add_engine_flags, parse_flags, require_at_least
+from minivllm.bench.flags import OneLineParser, add_engine_flags, parse_flags, require, require_at_least
 from minivllm.bench.shapes import SHAPES
 from minivllm.bench.throughput import choose_model
 from minivllm.exceptions import ValidationError
@@ -53,17 +53,19 @@ class Step:
     """One decode step: microseconds and launches per group, and the least that the machine would need."""
 
     batch_size: int
-    context_len: int
+    context_len: int  # the mean
     milliseconds: float  # a replay, the median of several rounds
     groups: dict[str, tuple[float, int]]
     floor_milliseconds: float  # weights and KV at the measured bandwidth
-
+    range_ratio: float = 0.0  # contexts differ from the mean by up to this share of it
 
 def build_parser(prog: str) -> OneLineParser:
     parser = OneLineParser(prog=prog, allow_abbrev=False, description="Where the milliseconds of a step go. Needs CUDA.")
     parser.add_argument("--shape", choices=sorted(SHAPES), help="random weights in a published shape, nothing to download")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 32, 256], metavar="N", help="(default: 1 32 256)")
-    parser.add_argument("--context-len", type=int, default=600, help="of each decoding request (default: %(default)s)")
+    parser.add_argument("--context-len", type=int, default=600, help="of each decoding request, or the mean (default: %(default)s)")
+    parser.add_argument("--random-range-ratio", type=float, default=0.0, metavar="R",
+                        help="contexts from 1 - R to 1 + R times that, evenly spread (default: all alike)")
     parser.add_argument("--prompt-len", type=int, default=2048, help="of the prompts whose rate is measured (default: %(default)s)")
     parser.add_argument("--output-json", metavar="FILE")
     parser.set_defaults(hf_batch_sizes=None, hf_static_cache=False)
@@ -74,6 +76,7 @@ def build_parser(prog: str) -> OneLineParser:
 def main(argv: Sequence[str], prog: str, clock: Callable[[], float] = time.perf_counter) -> int:
     args = parse_flags(build_parser(prog), argv)
     require_at_least(args, 1, "context_len", "prompt_len")
+    require(0 <= args.random_range_ratio < 1, "random_range_ratio", "at least 0 and below 1", args.random_range_ratio)
     with tempfile.TemporaryDirectory(prefix="minivllm-bench-") as folder:
         spec, _ = choose_model(args, Path(folder))
         if spec.device.type != "cuda":
@@ -85,7 +88,8 @@ def main(argv: Sequence[str], prog: str, clock: Callable[[], float] = time.perf_
         gc.freeze()  # as the server does: the collector need not look at the compiler's objects again and again
         whole: dict[str, Any] = {"ready_seconds": clock() - start, "bandwidth": bandwidth, "matmul_flops_per_second": rate}
     try:
-        whole["steps"] = [vars(decode_step(backend.llm, size, args.context_len, bandwidth)) for size in args.batch_sizes]
+        whole["steps"] = [vars(decode_step(backend.llm, size, args.context_len, bandwidth, args.random_range_ratio))
+                          for size in args.batch_sizes]
         whole["prompts"] = prompt_rate(backend.llm, args.prompt_len, clock) | {"matmul": rate}
         whole["shared_prefix"] = shared_prefix(backend.llm)
     finally:
@@ -125,29 +129,39 @@ def group_kernels(kernels: Iterable[tuple[str, float, int]]) -> dict[str, tuple[
     return dict(sorted(found.items(), key=lambda item: -item[1][0]))
 
 
+def spread_lens(count: int, mean: int, range_ratio: float) -> list[int]:
+    """`count` lengths around `mean`, the longest first, as decodes stand in a step, and the same at every call."""
+    return [round(mean * (1 + range_ratio * (1 - (2 * index + 1) / count))) for index in range(count)]
+
+
 @torch.inference_mode()
-def decode_step(llm: LLM, batch_size: int, context_len: int, bandwidth: float) -> Step:
-    """Replay the graph of this batch size on rows that pretend to have `context_len` tokens in scattered blocks."""
-    runner = llm.engine.runner
+def decode_step(llm: LLM, batch_size: int, context_len: int, bandwidth: float, range_ratio: float = 0.0) -> Step:
+    """Replay the graph of this batch size on rows that pretend to have `context_len` tokens on average, in scattered blocks.
+
+    Where lengths differ, the longest is what the others wait for: a step of real requests takes longer than its mean says.
+    """
+    runner, lens = llm.engine.runner, spread_lens(batch_size, context_len, range_ratio)
     graphs, rows, config = runner.graphs, runner.rows, llm.engine.config
-    if graphs is None or batch_size > config.max_num_seqs or context_len + NUM_REPLAYS >= rows.token_ids.shape[1]:
-        raise ValidationError(f"no graph for {batch_size} requests of {context_len} tokens: raise --max-num-seqs or "
+    if graphs is None or batch_size > config.max_num_seqs or lens[0] + NUM_REPLAYS >= rows.token_ids.shape[1]:
+        raise ValidationError(f"no graph for {batch_size} requests of {spoken_range(lens)} tokens: raise --max-num-seqs or "
                               "--max-model-len, and leave --enforce-eager out", parameter="batch_sizes")
     num_blocks, width = config.num_blocks or 2, rows.block_table.shape[1]
     rows.block_table[:batch_size] = torch.randint(1, num_blocks, (batch_size, width), device=rows.device, dtype=torch.int32)
     graphs.index[:batch_size] = torch.arange(batch_size, device=rows.device)
     graphs.index[batch_size:] = rows.padding_row
     size = min(bucket for bucket in graphs.graphs if bucket >= batch_size)
-    milliseconds = [timed_replays(graphs.graphs[size], rows, batch_size, context_len) for _ in range(NUM_REPEATS)]
+    milliseconds = [timed_replays(graphs.graphs[size], rows, lens) for _ in range(NUM_REPEATS)]
     kernels = profiled_replays(graphs.graphs[size])
     graphs.host_index[:] = -1  # what it says of `index` is not true any more
-    num_bytes = cost.bytes_moved(llm.engine.model_config, [1] * batch_size, [context_len] * batch_size, runner.kv_cache.itemsize)
-    return Step(batch_size, context_len, statistics.median(milliseconds), group_kernels(kernels), num_bytes / bandwidth * 1e3)
+    num_bytes = cost.bytes_moved(llm.engine.model_config, [1] * batch_size, lens, runner.kv_cache.itemsize)
+    return Step(batch_size, context_len, statistics.median(milliseconds), group_kernels(kernels), num_bytes / bandwidth * 1e3,
+                range_ratio)
 
 
-def timed_replays(graph: torch.cuda.CUDAGraph, rows: Any, batch_size: int, context_len: int) -> float:
+def timed_replays(graph: torch.cuda.CUDAGraph, rows: Any, lens: Sequence[int]) -> float:
     """Milliseconds of one replay among many. Each moves the rows one position on, so they start a little before."""
-    rows.positions[:batch_size] = max(0, context_len - 1 - NUM_REPLAYS // 2)
+    starts = [max(0, length - 1 - NUM_REPLAYS // 2) for length in lens]
+    rows.positions[: len(lens)] = torch.tensor(starts, dtype=torch.int32, device=rows.device)
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     begin.record()
     for _ in range(NUM_REPLAYS):
@@ -218,11 +232,16 @@ def random_prompts(llm: LLM, count: int, length: int) -> list[list[int]]:
     return [[random.randint(0, top) for _ in range(length)] for _ in range(count)]
 
 
+def spoken_range(lens: Sequence[int]) -> str:
+    return f"{lens[0]:,}" if lens[0] == lens[-1] else f"{lens[-1]:,} - {lens[0]:,}"
+
+
 def report_lines(whole: dict[str, Any]) -> list[str]:
     """One table a batch size, then the two experiments."""
     lines = [f"Ready after {whole['ready_seconds']:.1f} s"]
     for step in whole["steps"]:
-        lines += ["", f"Decode, {step['batch_size']} x {step['context_len']} tokens: {step['milliseconds']:.3f} ms a step, "
+        lens = spread_lens(step["batch_size"], step["context_len"], step["range_ratio"])
+        lines += ["", f"Decode, {step['batch_size']} x {spoken_range(lens)} tokens: {step['milliseconds']:.3f} ms a step, "
                   f"{step['batch_size'] / step['milliseconds'] * 1e3:,.0f} tokens/s; weights and KV alone would take "
                   f"{step['floor_milliseconds']:.3f} ms ({step['floor_milliseconds'] / step['milliseconds']:.0%})"]
         rows = [(group, microseconds / 1e3, count) for group, (microseconds, count) in step["groups"].items()]
