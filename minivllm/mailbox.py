@@ -31,7 +31,9 @@ def as_the_device_sees_it(pinned: Tensor, device: torch.device) -> Tensor:
     """The same memory as a tensor of the device: its address is the same there, and torch takes the description that CuPy gives."""
     typestr, data = pinned.numpy().dtype.str, (pinned.data_ptr(), False)
     described = {"shape": tuple(pinned.shape), "typestr": typestr, "data": data, "version": 2}
-    return torch.as_tensor(SimpleNamespace(__cuda_array_interface__=described), device=device)
+    tensor = torch.as_tensor(SimpleNamespace(__cuda_array_interface__=described), device=device)
+    assert tensor.data_ptr() == pinned.data_ptr(), "a copy: what is written there would reach nobody"
+    return tensor
 
 
 class Mailbox:

@@ -159,11 +159,12 @@ def load_chat_template(given: str | None) -> str | None:
 
 
 def decide_device(asked: str) -> torch.device:
-    """"auto" is CUDA when there is one. Other devices of torch are refused: this engine was never run on one."""
+    """"auto" is CUDA when there is one. Other devices are refused: this engine was never run on one, nor on a GPU by its number."""
     if asked == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"(cpu|cuda)(:(0|[1-9][0-9]?))?", asked):
-        raise ValidationError(f"device must be auto, cpu or cuda, got {asked!r}", parameter="device", value=asked)
+    if not re.fullmatch(r"(cpu|cuda)(:0)?", asked):
+        raise ValidationError(f"device must be auto, cpu or cuda, got {asked!r}; CUDA_VISIBLE_DEVICES chooses a GPU",
+                              parameter="device", value=asked)
     device = torch.device(asked)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValidationError("device='cuda' was asked for and torch finds no CUDA device: use device='cpu'", parameter="device")

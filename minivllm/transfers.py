@@ -39,6 +39,4 @@ def mark(tensor: Tensor | None) -> torch.cuda.Event | None:
     """A mark in the queue of the tensor's device, behind all that was launched so far. None on a CPU, where nobody waits."""
     if tensor is None or not tensor.is_cuda:
         return None
-    event = torch.cuda.Event()
-    event.record()
-    return event
+    return torch.cuda.current_stream(tensor.device).record_event()

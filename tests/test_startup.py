@@ -101,6 +101,9 @@ def test_a_device_that_is_not_there_is_refused():
     for asked in ("tpu", "cuda:x", "cuda:05", "cuda:٣", "cpu:", "meta"):
         with pytest.raises(ValidationError, match="device"):
             decide_device(asked)
+    with pytest.raises(ValidationError, match="got 'cuda:1'; CUDA_VISIBLE_DEVICES chooses a GPU"):
+        decide_device("cuda:1")
+    assert decide_device("cpu:0").type == "cpu"
 
 
 def copy_model(tmp_path, **generation_config):
