@@ -28,10 +28,11 @@ NUM_SLOTS = 64  # so many tokens of a row may be on their way: one step ahead th
 
 
 def as_the_device_sees_it(pinned: Tensor, device: torch.device) -> Tensor:
-    """The same memory as a tensor of the device: its address is the same there, and torch takes the description that CuPy gives."""
-    typestr, data = pinned.numpy().dtype.str, (pinned.data_ptr(), False)
-    described = {"shape": tuple(pinned.shape), "typestr": typestr, "data": data, "version": 2}
-    tensor = torch.as_tensor(SimpleNamespace(__cuda_array_interface__=described), device=device)
+    """The same memory as a tensor of the device, where its address is the same: torch takes arrays of a GPU as CuPy describes them,
+    which is as NumPy does.
+    """
+    described = SimpleNamespace(__cuda_array_interface__=pinned.numpy().__array_interface__)
+    tensor = torch.as_tensor(described, device=device)
     assert tensor.data_ptr() == pinned.data_ptr(), "a copy: what is written there would reach nobody"
     return tensor
 
