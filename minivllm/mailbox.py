@@ -31,8 +31,7 @@ def as_the_device_sees_it(pinned: Tensor, device: torch.device) -> Tensor:
     """The same memory as a tensor of the device, where its address is the same: torch takes arrays of a GPU as CuPy describes them,
     which is as NumPy does.
     """
-    described = SimpleNamespace(__cuda_array_interface__=pinned.numpy().__array_interface__)
-    tensor = torch.as_tensor(described, device=device)
+    tensor = torch.as_tensor(SimpleNamespace(__cuda_array_interface__=pinned.numpy().__array_interface__), device=device)
     assert tensor.data_ptr() == pinned.data_ptr(), "a copy: what is written there would reach nobody"
     return tensor
 
