@@ -138,7 +138,7 @@ def spread_lens(count: int, mean: int, range_ratio: float) -> list[int]:
 def decode_step(llm: LLM, batch_size: int, context_len: int, bandwidth: float, range_ratio: float = 0.0) -> Step:
     """Replay the graph of this batch size on rows that pretend to have `context_len` tokens on average, in scattered blocks.
 
-    Where lengths differ, the longest is what the others wait for: a step of real requests takes longer than its mean says.
+    A step ends with the longest of them, and real requests differ in length.
     """
     runner, lens = llm.engine.runner, spread_lens(batch_size, context_len, range_ratio)
     graphs, rows, config = runner.graphs, runner.rows, llm.engine.config
