@@ -3,8 +3,9 @@
 Owns the wait for a step, and what its tokens become on the host. Whoever calls `result` at once has a synchronous engine; whoever
 launches the next step first has the host's work for free, because the GPU computes meanwhile.
 
-    launch N    kernels of N, or graph | copy, unless a mailbox has the tokens | event      in the device's queue, in this order
-    launch N+1  kernels of N+1 ...                             may begin before the host has seen N's tokens: they lie in the rows
+    launch N    kernels of N | copy of N's tokens | event      in the device's queue, in this order; where a mailbox has the tokens
+    launch N+1  kernels of N+1 ...                             there is no copy. May begin before the host has seen N's tokens: they
+                                                               lie in the rows
     result of N waits for the event, and not for N+1
 
 vLLM's runner (vllm/v1/worker/gpu/model_runner.py) hands out the same kind of promise.

@@ -16,7 +16,7 @@ from tiny_models import random_qwen2
 
 from minivllm import LLM, SamplingParams
 from minivllm.bench.anatomy import profiled_replays
-from minivllm.transfers import upload
+from minivllm.transfers import download, upload
 
 
 @functools.lru_cache(maxsize=1)
@@ -154,6 +154,7 @@ class TestOnTheDevice:
             array[:] = number
             arrived.append(upload(array, device))
         assert [int(tensor.max()) for tensor in arrived] == [int(tensor.min()) for tensor in arrived] == list(range(200))
+        assert download(arrived[0]).is_pinned(), "a copy to memory that is not pinned is one that the host waits for"
 
     def test_sampled_tokens_are_written_to_the_host_and_not_copied(self):
         """Neither behind prompts nor behind decodes, by temperature alone or as chat models ask, is a copy made for the host."""

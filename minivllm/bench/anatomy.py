@@ -59,6 +59,7 @@ class Step:
     floor_milliseconds: float  # weights and KV at the measured bandwidth
     range_ratio: float = 0.0  # contexts differ from the mean by up to this share of it
 
+
 def build_parser(prog: str) -> OneLineParser:
     parser = OneLineParser(prog=prog, allow_abbrev=False, description="Where the milliseconds of a step go. Needs CUDA.")
     parser.add_argument("--shape", choices=sorted(SHAPES), help="random weights in a published shape, nothing to download")
