@@ -94,7 +94,8 @@ class LaunchedStep(Protocol):
     """What `execute_model` returns. The next step may be launched before anybody asks for this one's result.
 
     `result()` waits for the device; it says what the step gave to whom it was launched for, whatever rows have changed
-    since, as long as tokens keep in a mailbox (mailbox.py). It may never be called: nobody waits for a step whose requests have all ended or that is rolled back.
+    since, for as long as a mailbox keeps their tokens (mailbox.py). It may never be called: nobody waits for a step whose
+    requests have all ended or that is rolled back.
     """
 
     def result(self) -> ModelOutput: ...
