@@ -54,18 +54,17 @@ def record(compute: Callable[[int], Any], sizes: Sequence[int]) -> tuple[dict[in
 
     The others went into compiling, which has to be over by then: a graph holds kernels, and no compiler. The largest size comes
     first, so that the others reuse its memory.
+
+    All on the current stream, which must not be the default one: that one cannot be captured. A second stream would cost every
+    step: once two have had work, the kernels of a graph are 0.3 us further apart, a tenth of a small model's step (docs/ledger.md).
     """
     pool, seconds = torch.cuda.graph_pool_handle(), 0.0
     graphs, results = {}, {}
     for size in reversed(sizes):
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UP_RUNS):
-                compute(size)
-        torch.cuda.current_stream().wait_stream(stream)
+        for _ in range(WARM_UP_RUNS):
+            compute(size)
         graphs[size], began = torch.cuda.CUDAGraph(), time.perf_counter()
-        with torch.cuda.graph(graphs[size], pool=pool):
+        with torch.cuda.graph(graphs[size], pool=pool, stream=torch.cuda.current_stream()):
             results[size] = compute(size)
         seconds += time.perf_counter() - began
     return graphs, results, seconds

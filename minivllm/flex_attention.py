@@ -26,18 +26,22 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from minivllm.attention import NULL_BLOCK, PagedAttention
 
 QUERY_TILE = 64  # FlexAttention's own block of queries; each tile belongs to one request
-# Into how many parts the kernel for decodes cuts each context: one program for each of a GPU's hundred-odd processors, all
-# requests together, and two parts while that does not make more than four each: contexts differ in length, and the longest
-# ends the step (96 requests of 0.5B: 34 -> 25 microseconds). FlexAttention's own choice takes twice as long at batch 1; and three
-# stages hide the wait for memory.
-SPLIT_PROGRAMS, MOST_SPLITS, HALVED_PROGRAMS = 128, 16, 512
+# Into how many parts the kernel for decodes cuts each context, and up to how many programs, all requests together. Contexts differ
+# in length, and the longest ends the kernel: of many short parts each of a GPU's hundred-odd processors gets its share. But parts
+# have to be joined. Steps of 0.5B in microseconds, with half as many parts and with these: 16 contexts of 1,500 tokens 960 and 903,
+# 48 of 1,200 1,163 and 1,105, 256 of 120 to 1,080 1,830 and 1,708; with twice as many 25 of 140 836 and 818. What it costs: 256
+# that are all of 600 take 1,774 instead of 1,665.
+MOST_SPLITS = 16
+SPLITS = ((MOST_SPLITS, 256), (4, 512), (2, 1024))  # parts, the most programs
 # No listed block reaches beyond the cache, and no tile of a prompt beyond its queries. FlexAttention cannot know, and would look at
 # every read whether it lies within bounds. (A decode's few queries have a switch of their own, which is left alone.)
 WHOLE = {"IS_DIVISIBLE": True}
-DECODE_KERNEL = WHOLE | {"num_warps": 2, "num_stages": 3}
+# Three stages hide the wait for memory (two: 16 contexts of 1,500 tokens 903 -> 943). Four warps do better than two where contexts
+# are few or differ (one of 3,900 tokens: 617 -> 600).
+DECODE_KERNEL = WHOLE | {"num_warps": 4, "num_stages": 3}
 # The general kernel for decodes that nobody splits takes the few queries of a KV head as one tile, padded to the 16 that a
 # tensor core wants: here it has to look where they end.
-UNSPLIT_KERNEL, UNSPLIT_QUERIES, UNSPLIT_KEYS = {"num_warps": 2, "num_stages": 3}, 16, 64
+UNSPLIT_KERNEL, UNSPLIT_QUERIES, UNSPLIT_KEYS = {"num_warps": 4, "num_stages": 3}, 16, 64
 # Microseconds a layer for 8,192 tokens of 0.5B and of 7B: 76 and 205 with prompts of 100 to 1,024 tokens, 143 and 390 with four of
 # 2,048. With the checks and tiles of 128 queries: 127 and 290, 213 and 507.
 PROMPT_KERNEL, KEYS_AT_ONCE = WHOLE | {"num_warps": 4, "num_stages": 2, "BLOCK_M": QUERY_TILE}, 32
@@ -166,8 +170,7 @@ def prefill_metadata(tiles: Tensor, block_table: Tensor, block_index: Tensor, bl
 
 def num_splits(batch_size: int, num_kv_heads: int) -> int:
     """Into how many parts each context of a batch of decodes is cut, as measured on an H200."""
-    programs = batch_size * num_kv_heads
-    return max(1, min(MOST_SPLITS, SPLIT_PROGRAMS // programs), min(2, HALVED_PROGRAMS // programs))
+    return max(1, *(min(parts, programs // (batch_size * num_kv_heads)) for parts, programs in SPLITS))
 
 
 def decode_options(num_splits: int, group: int, block_size: int) -> Any:

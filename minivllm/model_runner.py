@@ -62,9 +62,9 @@ class ModelRunner:
         self.block_size = config.block_size
         self.tokenizer = tokenizer  # for bad words alone, which are written as text
         self.uses_flex = config.attention_backend == "flex_attention"
-        dtype = next(model.parameters()).dtype
+        self.stream = torch.cuda.current_stream(device) if device.type == "cuda" else None  # all steps are on it, whoever launches
         self.kv_cache = allocate_kv_cache(shape.num_hidden_layers, config.num_blocks, config.block_size,
-                                          shape.num_key_value_heads, shape.head_dim, dtype, device)
+                                          shape.num_key_value_heads, shape.head_dim, next(model.parameters()).dtype, device)
         attention = ATTENTION[config.attention_backend]
         self.kv_caches = [attention(layer, config.block_size) for layer in self.kv_cache]
         self.batch = InputBatch(config.max_num_seqs)
@@ -77,8 +77,13 @@ class ModelRunner:
         self.verify_graphs: VerifyGraphs | None = None
         self.num_drafts, self.settled = num_drafts, set[int]()  # settled: the device has counted what these rows won last
 
-    @torch.inference_mode()
     def execute_model(self, output: SchedulerOutput) -> AsyncOutput:
+        """`launch` on the stream that has had all work before, in whatever thread this is."""
+        with torch.cuda.stream(self.stream):
+            return self.launch(output)
+
+    @torch.inference_mode()
+    def launch(self, output: SchedulerOutput) -> AsyncOutput:
         """Compute the scheduled positions, write their KV, and sample for every request that has reached its newest token.
 
         Returns before anything is computed, where the device has a queue. What changes in the rows is written even if the step then
@@ -207,8 +212,7 @@ class ModelRunner:
     def paged_metadata(self, inputs: StepInputs, slots: Tensor) -> AttentionMetadata:
         """What the readable attention has to know of a step: of the host what it makes shapes of, of the device all else."""
         num_blocks = -(-int(inputs.seq_lens.max()) // self.block_size)  # of the longest request: no wider table is read
-        arrays = (inputs.rows, inputs.seq_lens, np.concatenate(([0], np.cumsum(inputs.query_lens))))
-        rows, seq_lens, starts = self.upload(*arrays)
+        rows, seq_lens, starts = self.upload(inputs.rows, inputs.seq_lens, np.concatenate(([0], np.cumsum(inputs.query_lens))))
         return AttentionMetadata(starts.int(), seq_lens.int(), self.rows.block_table[rows, :num_blocks], slots, inputs.num_decodes,
                                  inputs.query_lens.tolist(), inputs.seq_lens.tolist(),
                                  [self.batch.request(row).admission for row in inputs.rows])

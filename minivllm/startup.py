@@ -70,7 +70,9 @@ def start(config: EngineConfig) -> Started:
     configure_logging()
     began: dict[str, float] = {}  # phase -> when it began, in seconds of no particular clock; the last one is the one that failed
     try:
-        return _start(config, began)
+        # One stream of a GPU for all that this engine ever launches, weights and warm-up too: `cuda_graphs.record` says why.
+        with torch.cuda.stream(torch.cuda.Stream() if config.device != "cpu" and torch.cuda.is_available() else None):
+            return _start(config, began)
     except (RuntimeError, NotEnoughMemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -266,6 +268,7 @@ def write_report(config: EngineConfig, model: Qwen2ForCausalLM, told: dict[str, 
     num_blocks, block_size, max_model_len = resolved_sizes(config)
     pool_tokens = (num_blocks - 1) * block_size  # all but the null block
     pool_bytes = num_blocks * kv_bytes_per_block(model.config, block_size, model.model.embed_tokens.weight.dtype)
+    chunks, caching = ("on" if is_on else "off" for is_on in (config.enable_chunked_prefill, config.enable_prefix_caching))
     lines = [
         f"checkpoint         {config.model or 'embedded toy model'} ({folder.name}), {config.dtype} on {config.device}",
         f"weights            {told['weights']}",
@@ -273,8 +276,7 @@ def write_report(config: EngineConfig, model: Qwen2ForCausalLM, told: dict[str, 
         *([f"memory             {memory.describe(pool_bytes)}"] if memory else []),
         f"longest request    {max_model_len:,} tokens; {pool_tokens / max_model_len:.1f} of them fit at once "
         f"(max_num_seqs {config.max_num_seqs})",
-        f"budget of a step   {config.max_num_batched_tokens:,} tokens; chunked prefill {_on(config.enable_chunked_prefill)}, "
-        f"prefix cache {_on(config.enable_prefix_caching)}",
+        f"budget of a step   {config.max_num_batched_tokens:,} tokens; chunked prefill {chunks}, prefix cache {caching}",
         f"attention          {config.attention_backend}",
         *([f"speculation        {told['speculation']}"] if told.get("speculation") else []),
         *([f"threads            {told['threads']}"] if config.device == "cpu" else []),
@@ -293,8 +295,3 @@ def describe_seconds(began: dict[str, float], now: float) -> str:
     times = [*began.values(), now]
     seconds = {phase: end - start for phase, start, end in zip(began, times, times[1:])}
     return f"{now - times[0]:.1f} s: " + ", ".join(f"{phase} {took:.1f}" for phase, took in seconds.items() if took >= 0.05)
-
-
-def _on(flag: bool) -> str:
-    """A switch, as the report has it."""
-    return "on" if flag else "off"

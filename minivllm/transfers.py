@@ -37,6 +37,4 @@ def download(tensor: Tensor) -> Tensor:
 
 def mark(tensor: Tensor | None) -> torch.cuda.Event | None:
     """A mark in the queue of the tensor's device, behind all that was launched so far. None on a CPU, where nobody waits."""
-    if tensor is None or not tensor.is_cuda:
-        return None
-    return torch.cuda.current_stream(tensor.device).record_event()
+    return torch.cuda.current_stream(tensor.device).record_event() if tensor is not None and tensor.is_cuda else None

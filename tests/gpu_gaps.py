@@ -2,9 +2,8 @@
 clock is in it.
 
 Graphs of decode steps are replayed alone, after one thing after the other that a process, or another one, may do. Some make the
-same graphs a tenth faster or slower for as long as nothing else happens (docs/ledger.md). With `--one-stream` weights, warm-up,
-capturing and replays all are on one stream, which is not the default one: PyTorch's issue 161104 has kernels of graphs that
-are slower once two streams have had work.
+same graphs a tenth faster or slower for as long as nothing else happens (docs/ledger.md): PyTorch's issue 161104 has kernels of
+graphs that are slower once two streams have had work.
 """
 
 from __future__ import annotations
@@ -14,14 +13,12 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from minivllm import LLM, SamplingParams, cuda_graphs, graph_sampler, prompt_graphs
+from minivllm import LLM, SamplingParams
 from minivllm.bench.anatomy import NUM_REPEATS, spread_lens, timed_replays
 from minivllm.bench.shapes import write_shape
 
@@ -43,8 +40,10 @@ def microseconds(llm: LLM, batch_size: int, context_len: int) -> float:
     return statistics.median(timed_replays(graph, rows, lens) for _ in range(NUM_REPEATS)) * 1e3
 
 
-def tell(llm: LLM, what: str) -> None:
-    print(f"{what:52s}" + "".join(f"{microseconds(llm, *step):10.1f}" for step in STEPS), flush=True)
+def tell(llm: LLM, what: str, stream: torch.cuda.Stream | None = None) -> None:
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream or llm.engine.runner.stream):
+        print(f"{what:52s}" + "".join(f"{microseconds(llm, *step):10.1f}" for step in STEPS), flush=True)
 
 
 def other_process() -> None:
@@ -76,24 +75,7 @@ def answers(llm: LLM) -> None:
     llm.generate(prompts, SamplingParams(temperature=1, max_tokens=128, ignore_eos=True, detokenize=False), use_tqdm=False)
 
 
-def record_on_this_stream(compute: Callable[[int], Any], sizes: Sequence[int]) -> tuple[dict, dict, float]:
-    """`cuda_graphs.record` without a stream of its own."""
-    pool, began = torch.cuda.graph_pool_handle(), time.perf_counter()
-    graphs, results = {}, {}
-    for size in reversed(sizes):
-        for _ in range(cuda_graphs.WARM_UP_RUNS):
-            compute(size)
-        graphs[size] = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graphs[size], pool=pool, stream=torch.cuda.current_stream()):
-            results[size] = compute(size)
-    return graphs, results, time.perf_counter() - began
-
-
 def main() -> None:
-    if "--one-stream" in sys.argv:
-        torch.cuda.set_stream(torch.cuda.Stream())
-        for module in (cuda_graphs, graph_sampler, prompt_graphs):
-            module.record = record_on_this_stream
     folder = write_shape("qwen2.5-0.5b", Path(tempfile.mkdtemp()))
     llm = LLM(str(folder), load_format="dummy", skip_tokenizer_init=True, dtype="bfloat16", max_model_len=4096, max_num_seqs=256,
               gpu_memory_utilization=0.85)
@@ -104,13 +86,9 @@ def main() -> None:
         "another process made a context": other_process, "copies up and down ": copies, "25 answers ": lambda: answers(llm)}
     for what, do in things.items():
         do()
-        torch.cuda.synchronize()
         tell(llm, what.strip())
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        tell(llm, "graphs on another stream")
-    torch.cuda.synchronize()
-    tell(llm, "on the first one again")
+    tell(llm, "graphs on the default stream", torch.cuda.default_stream())
+    tell(llm, "on the engine's own again")
     other_context()
     tell(llm, "a second context of this process")
     other_process()

@@ -58,6 +58,7 @@ class Form:
         graphs, rows = self.runner.graphs, self.runner.rows
         shape, lens = rows.block_table[:count].shape, [mean * (1 + ratio * (1 - (2 * i + 1) / count)) for i in range(count)]
         starts = torch.tensor([max(0, int(length) - REPLAYS // 2) for length in lens], dtype=torch.int32, device=rows.device)
+        torch.cuda.set_stream(getattr(self.runner, "stream", None) or torch.cuda.current_stream())  # older checkouts have none
         torch.manual_seed(0)
         rows.block_table[:count] = torch.randint(1, self.runner.config.num_blocks, shape, dtype=torch.int32, device=rows.device)
         graphs.index[:count] = torch.arange(count, device=rows.device)

@@ -42,6 +42,7 @@ def test_nothing_unreferenced_reaches_the_output():
     for cache in llm.engine.runner.kv_caches:
         cache.key_cache.fill_(float("nan"))
         cache.value_cache.fill_(float("nan"))
+    torch.cuda.synchronize()  # the engine has a stream of its own
     prompts = prompts_of(9, 17)
     assert tokens_of(llm.generate(prompts, greedy(8), use_tqdm=False)) == tokens_of(
         make_llm("cpu").generate(prompts, greedy(8), use_tqdm=False))

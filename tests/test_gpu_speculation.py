@@ -137,6 +137,7 @@ class TestOneEngine:
             assert llm.reset_prefix_cache()
             for cache in llm.engine.runner.kv_caches:
                 cache.kv_cache[:, :, cache.block_size:] = float("nan")
+            torch.cuda.synchronize()  # the engine has a stream of its own
             replaying(llm, prompts[:count], expected[:count], share)
             ours = tokens_of(llm.generate(prompts[:count], params[:count], use_tqdm=False))
             assert ours == expected[:count], f"a batch of {count} reads what is not its own"
@@ -170,6 +171,7 @@ class TestOneEngine:
             won = results[0][1][:, 0].tolist()
             assert all(1 <= number <= 1 + guesses for number, guesses in zip(won, num_drafts)), f"{won} tokens of {num_drafts}"
         runner.kv_cache.zero_()
+        torch.cuda.synchronize()  # the engine has a stream of its own
 
 
 @pytest.mark.gpu

@@ -89,8 +89,9 @@ def main(argv: Sequence[str], prog: str, clock: Callable[[], float] = time.perf_
         gc.freeze()  # as the server does: the collector need not look at the compiler's objects again and again
         whole: dict[str, Any] = {"ready_seconds": clock() - start, "bandwidth": bandwidth, "matmul_flops_per_second": rate}
     try:
-        whole["steps"] = [vars(decode_step(backend.llm, size, args.context_len, bandwidth, args.random_range_ratio))
-                          for size in args.batch_sizes]
+        with torch.cuda.stream(backend.llm.engine.runner.stream):
+            whole["steps"] = [vars(decode_step(backend.llm, size, args.context_len, bandwidth, args.random_range_ratio))
+                              for size in args.batch_sizes]
         whole["prompts"] = prompt_rate(backend.llm, args.prompt_len, clock) | {"matmul": rate}
         whole["shared_prefix"] = shared_prefix(backend.llm)
     finally:
