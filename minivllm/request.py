@@ -87,7 +87,7 @@ class Request:
         self.sampling_params = sampling_params
         # The end of the context already counted in, so that the scheduler has one number to compare with.
         self.max_tokens = max_tokens if max_tokens is not None else sampling_params.max_tokens
-        self.max_num_tokens = self.num_prompt_tokens + (self.max_tokens or math.inf)  # the prompt included
+        self.max_num_tokens = self.num_prompt_tokens + (self.max_tokens or math.inf)  # prompt included; capped when queued
         # The first is *the* EOS (stop_reason None); ending on another one reports its id, as in vLLM.
         self.eos_token_ids = tuple(eos_token_ids)
         # All that may end it, in one place: the question comes with every token of every request.
@@ -113,10 +113,6 @@ class Request:
         return len(self.all_token_ids)
 
     @property
-    def num_tokens_with_spec(self) -> int:
-        return len(self.all_token_ids) + len(self.spec_token_ids)
-
-    @property
     def num_output_tokens(self) -> int:
         return len(self.all_token_ids) - self.num_prompt_tokens
 
@@ -134,7 +130,7 @@ class Request:
                 f"{self.num_output_tokens} sampled)")
 
 
-def append_sampled_tokens(request: Request, token_ids: Sequence[int], now: float, max_model_len: int) -> int:
+def append_sampled_tokens(request: Request, token_ids: Sequence[int], now: float) -> int:
     """Append what a step sampled, up to the token that ends the request, and say how many tokens that is.
 
     They come one by one: what follows the last one was never said.
@@ -145,12 +141,12 @@ def append_sampled_tokens(request: Request, token_ids: Sequence[int], now: float
     request.times.last_token = now
     for num_appended, token_id in enumerate(token_ids, start=1):
         request.all_token_ids.append(token_id)
-        if check_stop(request, max_model_len):
+        if check_stop(request):
             return num_appended
     return len(token_ids)
 
 
-def check_stop(request: Request, max_model_len: int) -> bool:
+def check_stop(request: Request) -> bool:
     """Set `status` and `stop_reason` if the newest token ends the request, and say whether it does.
 
     Called once for every appended token. EOS first, then `stop_token_ids`, then length (vllm/v1/core/sched/utils.py);
@@ -161,15 +157,10 @@ def check_stop(request: Request, max_model_len: int) -> bool:
         request.status = RequestStatus.FINISHED_STOPPED
         request.stop_reason = None if not params.ignore_eos and last in request.eos_token_ids[:1] else last
         return True
-    if reaches_length(request, max_model_len):
+    if len(request.all_token_ids) >= request.max_num_tokens:
         request.status = RequestStatus.FINISHED_LENGTH_CAPPED
         return True
     return False
-
-
-def reaches_length(request: Request, max_model_len: int, num_coming: int = 0) -> bool:
-    """Whether the request's length ends it, or is sure to once `num_coming` more tokens are there."""
-    return (length := len(request.all_token_ids) + num_coming) >= request.max_num_tokens or length >= max_model_len
 
 
 @dataclass(slots=True)  # not frozen: a frozen one takes three times as long to make, and twenty may come with every token

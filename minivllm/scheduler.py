@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable
 from minivllm.config import EngineConfig
 from minivllm.exceptions import ValidationError
 from minivllm.kv_cache import KVCacheManager
-from minivllm.request import Request, RequestStatus, append_sampled_tokens, reaches_length
+from minivllm.request import Request, RequestStatus, append_sampled_tokens
 from minivllm.request_queue import RequestQueue, check_can_finish
 from minivllm.scheduler_output import Decision, ModelOutput, NewRequestData, SchedulerOutput, SchedulerStats
 from minivllm.steps_in_flight import StepsInFlight
@@ -42,8 +42,7 @@ class Scheduler:
     def __init__(self, config: EngineConfig, kv_cache_manager: KVCacheManager, *,
                  clock: Callable[[], float] = time.monotonic) -> None:
         assert config.max_num_batched_tokens and config.max_model_len, "the engine decides both before it makes a scheduler"
-        self.config = config
-        self.kv_cache_manager = kv_cache_manager
+        self.config, self.kv_cache_manager = config, kv_cache_manager
         self.max_num_batched_tokens: int = config.max_num_batched_tokens
         self.max_model_len: int = config.max_model_len
         self.max_num_running = config.max_num_seqs  # fewer while the engine recovers from a failed step (recovery.py)
@@ -62,6 +61,7 @@ class Scheduler:
         if request.request_id in self.requests:
             raise ValidationError(f"request id {request.request_id!r} is in use: ids of unfinished requests must differ",
                                   parameter="request_id", value=request.request_id)
+        request.max_num_tokens = min(request.max_num_tokens, self.max_model_len)
         request.times.queued = self.clock()
         self.requests[request.request_id] = request
         self.waiting.append(request)
@@ -97,10 +97,11 @@ class Scheduler:
         while index < len(self.running) and budget > 0:
             request = self.running[index]
             index += 1
-            num_coming = request.num_output_placeholders
-            if num_coming and reaches_length(request, self.max_model_len, num_coming):
+            num_tokens = len(request.all_token_ids) + (num_coming := request.num_output_placeholders)
+            if num_coming and num_tokens >= request.max_num_tokens:
                 continue  # its last token is on the way: another position would be computed for nothing
-            num_new_tokens = self._split(request.num_tokens_with_spec + num_coming - request.num_computed_tokens, budget)
+            num_missing = num_tokens + len(request.spec_token_ids) - request.num_computed_tokens
+            num_new_tokens = 1 if num_missing == 1 else self._split(num_missing, budget)  # a decode's one token always fits
             if num_new_tokens == 0:
                 continue  # not `break`: the next one may fit into what is left
             new_blocks = self._allocate_or_preempt(request, num_new_tokens)
@@ -237,7 +238,7 @@ class Scheduler:
             elif token_ids := model_output.sampled_token_ids.get(request.request_id):
                 assert share.samples, (f"request {request.request_id} got a token with {request.num_computed_tokens} of its "
                                        f"{request.num_tokens} computed")
-                self.stats.num_generated_tokens += append_sampled_tokens(request, token_ids, now, self.max_model_len)
+                self.stats.num_generated_tokens += append_sampled_tokens(request, token_ids, now)
                 moved.append(request)
             else:
                 assert not share.samples, f"request {request.request_id} has all its tokens computed and got no new one"

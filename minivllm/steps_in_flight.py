@@ -49,12 +49,16 @@ class StepsInFlight:
     def add(self, output: SchedulerOutput, requests: Mapping[str, Request]) -> None:
         """Note a step that has just been planned, and whose it is.
 
-        A request has placeholders only when it has caught up, and then every one of its steps samples.
+        A request has placeholders only when it has caught up, and then every one of its steps samples. So where all of the step
+        before sample, and nobody has come or gone, the shares are the same.
         """
-        shares = []
-        for request_id, num_tokens in output.num_scheduled_tokens.items():
-            request = requests[request_id]
-            shares.append(Share(request, request.num_preemptions, num_tokens, request.num_output_placeholders > 0))
+        before, shares = self.steps[-1] if self.steps else (None, [])
+        if (before is None or output.num_scheduled_tokens != before.num_scheduled_tokens or output.new_requests
+                or not all(share.samples for share in shares)):
+            shares = []
+            for request_id, num_tokens in output.num_scheduled_tokens.items():
+                request = requests[request_id]
+                shares.append(Share(request, request.num_preemptions, num_tokens, request.num_output_placeholders > 0))
         self.steps.append((output, shares))
 
     def take_in(self, output: SchedulerOutput) -> list[Share]:

@@ -477,6 +477,33 @@ def test_a_step_can_be_planned_before_the_last_one_has_reported():
     assert scheduler.stats.discarded_positions == 0
 
 
+def test_shares_are_taken_over_from_a_step_only_where_they_are_the_same():
+    """Decodes of the same requests have the shares of the step before, and nobody makes them anew. A last chunk is as long as the
+    one before and samples; who comes back from a preemption has another residency; and an id may have another owner.
+    """
+    scheduler = make_scheduler(budget=2, num_blocks=20)
+    add(scheduler, "a", 4, max_tokens=4)
+    first, second, third, fourth = (scheduler.schedule() for _ in range(4))
+    assert [step.num_scheduled_tokens["a"] for step in (first, second, third, fourth)] == [2, 2, 1, 1]
+    shares = [shares for _, shares in scheduler.in_flight.steps]
+    assert [share.samples for [share] in shares] == [False, True, True, True], "a last chunk brings a token"
+    assert shares[3] is shares[2], "a decode like the one before"
+    scheduler.finish_requests(["a"], ABORTED)
+    for output in (first, second, third, fourth):
+        assert scheduler.update_from_output(output, ModelOutput({"a": [7]})) == []
+
+    b = add(scheduler, "b", 1)
+    scheduler.schedule()
+    scheduler._preempt(scheduler.running.pop(), "gives way to a test")
+    scheduler.schedule()
+    assert [share.num_preemptions for _, [share] in scheduler.in_flight.steps] == [0, 1], "it has come back, and lost what it had"
+    scheduler.finish_requests(["b"], ABORTED)
+    new_owner = add(scheduler, "b", 1)
+    scheduler.schedule()
+    assert [share.request is new_owner for _, [share] in scheduler.in_flight.steps] == [False, False, True]
+    assert b.is_finished
+
+
 def test_a_failed_step_leaves_nothing_behind():
     """Its names are taken back, its requests wait again in their order, and the runner is told everything once more."""
     scheduler = make_scheduler(caching=True, num_blocks=20)
