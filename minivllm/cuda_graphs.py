@@ -30,6 +30,7 @@ from minivllm.model import Qwen2ForCausalLM
 from minivllm.sampler import sample_plain
 from minivllm.transfers import upload, upload_into
 
+IDLE_STREAMS = set[torch.cuda.Stream]()  # of closed engines: CUDA's libraries keep 33 MiB for every stream they have seen
 ZERO_BUCKETS = (8, MOST_NEW_BLOCKS)
 WARM_UP_RUNS = 2  # the first compiles, the second runs what was compiled
 
@@ -49,14 +50,21 @@ def bucket_of(num_requests: int, max_num_seqs: int) -> int:
     return next(size for size in bucket_sizes(max_num_seqs) if size >= num_requests)
 
 
+def take_stream(device: str) -> torch.cuda.Stream | None:
+    """One for all that an engine ever launches on "cuda" or "auto", until it is closed. None without a GPU.
+
+    It is not the default one, which cannot be captured. And there is no second: once two have had work, the kernels of a graph are
+    0.3 us further apart, a tenth of a small model's step (docs/ledger.md).
+    """
+    on_gpu = device != "cpu" and torch.cuda.is_available()
+    return (IDLE_STREAMS.pop() if IDLE_STREAMS else torch.cuda.Stream()) if on_gpu else None
+
+
 def record(compute: Callable[[int], Any], sizes: Sequence[int]) -> tuple[dict[int, torch.cuda.CUDAGraph], dict[int, Any], float]:
     """One graph of `compute(size)` for each size, what each of them returns, and the seconds that recording took.
 
     The others went into compiling, which has to be over by then: a graph holds kernels, and no compiler. The largest size comes
-    first, so that the others reuse its memory.
-
-    All on the current stream, which must not be the default one: that one cannot be captured. A second stream would cost every
-    step: once two have had work, the kernels of a graph are 0.3 us further apart, a tenth of a small model's step (docs/ledger.md).
+    first, so that the others reuse its memory. All on the current stream, the engine's.
     """
     pool, seconds = torch.cuda.graph_pool_handle(), 0.0
     graphs, results = {}, {}

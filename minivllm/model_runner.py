@@ -31,7 +31,7 @@ from torch import Tensor
 from minivllm.async_output import AsyncOutput
 from minivllm.attention import AttentionMetadata, PagedAttention, allocate_kv_cache, by_block, slot_mapping
 from minivllm.config import EngineConfig
-from minivllm.cuda_graphs import DecodeGraphs, NewBlocks
+from minivllm.cuda_graphs import IDLE_STREAMS, DecodeGraphs, NewBlocks
 from minivllm.flex_attention import FlexPagedAttention
 from minivllm.input_batch import InputBatch, RowTensors, StepInputs
 from minivllm.logprobs import step_prompt_logprobs
@@ -223,8 +223,9 @@ class ModelRunner:
 
     def close(self) -> None:
         """Let go of weights and KV, and hand cached GPU memory back to the device. A step that nobody waits for may still run."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)  # or a kernel would go on in memory that belongs to somebody else
+        if self.stream is not None:
+            self.stream.synchronize()  # or a kernel would go on in memory that belongs to somebody else
+            IDLE_STREAMS.add(self.stream)  # a draft's is the target's, and comes twice
         vars(self).clear()  # weights, KV, rows and graphs: nobody asks a closed runner for anything
         torch.cuda.empty_cache()  # without CUDA it does nothing
 

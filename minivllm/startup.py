@@ -33,6 +33,7 @@ import torch
 from minivllm.compile_ahead import compiled_ahead
 from minivllm.compile_cache import CompileCache
 from minivllm.config import EngineConfig, ModelConfig
+from minivllm.cuda_graphs import take_stream
 from minivllm.draft_model import DraftModelProposer, load_draft, make_proposer, num_drafts
 from minivllm.exceptions import CheckpointError, NotEnoughMemoryError, ValidationError
 from minivllm.generation_config import GenerationDefaults, read_generation_config
@@ -70,8 +71,7 @@ def start(config: EngineConfig) -> Started:
     configure_logging()
     began: dict[str, float] = {}  # phase -> when it began, in seconds of no particular clock; the last one is the one that failed
     try:
-        # One stream of a GPU for all that this engine ever launches, weights and warm-up too: `cuda_graphs.record` says why.
-        with torch.cuda.stream(torch.cuda.Stream() if config.device != "cpu" and torch.cuda.is_available() else None):
+        with torch.cuda.stream(take_stream(config.device)):  # weights and warm-up on it as well
             return _start(config, began)
     except (RuntimeError, NotEnoughMemoryError) as error:
         if not is_out_of_memory(error):

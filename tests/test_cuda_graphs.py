@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minivllm.cuda_graphs import bucket_of, bucket_sizes
+from minivllm import cuda_graphs
+from minivllm.cuda_graphs import bucket_of, bucket_sizes, take_stream
 
 
 @pytest.mark.parametrize("most", [1, 2, 3, 17, 64, 65, 200, 256, 1000])
@@ -34,3 +36,18 @@ def test_padding_stays_small(most):
         padding = bucket_of(count, most) - count
         bound = min(count + 1, 32) if count <= 128 else 16 if count <= 256 else 64
         assert padding < bound, f"{count} of at most {most} requests: {padding} rows of padding, fewer than {bound} are allowed"
+
+
+def test_an_engine_takes_the_stream_of_a_closed_one(monkeypatch):
+    """No two living engines have one stream, and a new one is made only where none is idle: libraries keep memory for each."""
+    monkeypatch.setattr(cuda_graphs, "IDLE_STREAMS", set())
+    assert take_stream("cpu") is None, "a CPU has no streams"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert take_stream("auto") is None, "without a GPU there is none either"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "Stream", object)
+    first, second = take_stream("cuda"), take_stream("auto")
+    assert first is not None and first is not second, "two engines, two streams"
+    cuda_graphs.IDLE_STREAMS.add(first)
+    assert take_stream("cuda") is first, "the stream of a closed engine was idle"
+    assert take_stream("cpu") is None and take_stream("cuda") not in (first, second), "it is taken again"
