@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from minivllm import cuda_graphs
+from minivllm.bench.cost_floor import on_an_engines_stream
 from minivllm.cuda_graphs import bucket_of, bucket_sizes, take_stream
 
 
@@ -51,3 +54,17 @@ def test_an_engine_takes_the_stream_of_a_closed_one(monkeypatch):
     cuda_graphs.IDLE_STREAMS.add(first)
     assert take_stream("cuda") is first, "the stream of a closed engine was idle"
     assert take_stream("cpu") is None and take_stream("cuda") not in (first, second), "it is taken again"
+
+
+def test_what_a_bench_launches_is_on_the_next_engines_stream(monkeypatch):
+    """A second stream would make that engine's steps slower. On a CPU there is none, and none is left for an engine to take."""
+    entered = []
+    monkeypatch.setattr(cuda_graphs, "IDLE_STREAMS", idle := set())
+    monkeypatch.setattr("minivllm.bench.cost_floor.IDLE_STREAMS", idle)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: entered.append(stream) or nullcontext())
+    with on_an_engines_stream(torch.device("cpu")):
+        assert (entered, idle) == ([None], set())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "Stream", object)
+    with on_an_engines_stream(torch.device("cuda")):
+        assert take_stream("cuda") is entered[1], "the engine within has another stream than the bench"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 import random
 import tempfile
 
@@ -166,6 +167,19 @@ class TestOnTheDevice:
                 found = tokens_of(llm.generate(prompts_of(4, 9, 30), params, use_tqdm=False))
             copies = {event.key: event.count for event in profile.key_averages() if "DtoH" in event.key}
             assert found == expected and not copies, f"{params}: {copies}"
+
+    def test_all_that_an_engine_does_is_on_one_stream(self, tmp_path):
+        """From its weights on, with prompts, decodes and whatever samplers: a second stream makes all kernels of a graph slower."""
+        chat = {"temperature": 0.8, "top_k": 9, "repetition_penalty": 1.1, "logprobs": 2, "logit_bias": {5: 2.0}}
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            with make_llm(max_num_seqs=4) as llm:
+                for params in ({"temperature": 0}, {"temperature": 1, "seed": 5}, chat):
+                    llm.generate(prompts_of(4, 9, 200), SamplingParams(max_tokens=5, ignore_eos=True, **params), use_tqdm=False)
+        profile.export_chrome_trace(str(tmp_path / "trace.json"))
+        events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+        of_the_device = [event for event in events if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
+        streams = {event["args"]["stream"] for event in of_the_device}
+        assert len(of_the_device) > 1000 and len(streams) == 1, f"{len(of_the_device)} kernels and copies on streams {streams}"
 
     def test_t33_a_small_batch_after_a_large_one_sees_nothing_of_it(self):
         """8 requests and then 5 through the same bucket give what each batch gives on the readable rung."""

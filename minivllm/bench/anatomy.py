@@ -23,7 +23,7 @@ import torch
 
 from minivllm import cost
 from minivllm.bench.backends import MinivllmBackend
-from minivllm.bench.cost_floor import measure_bandwidth, wait_for
+from minivllm.bench.cost_floor import measure_bandwidth, on_an_engines_stream, wait_for
 from minivllm.bench.environment import describe_environment, environment_lines
 from minivllm.bench.flags import OneLineParser, add_engine_flags, parse_flags, require, require_at_least
 from minivllm.bench.shapes import SHAPES
@@ -82,7 +82,8 @@ def main(argv: Sequence[str], prog: str, clock: Callable[[], float] = time.perf_
         spec, _ = choose_model(args, Path(folder))
         if spec.device.type != "cuda":
             raise ValidationError("needs CUDA: CUDA graphs and their kernels are what it looks at", parameter="device")
-        bandwidth, rate = measure_bandwidth(spec.device, clock), measure_matmul(spec.device, spec.dtype, clock)
+        with on_an_engines_stream(spec.device):
+            bandwidth, rate = measure_bandwidth(spec.device, clock), measure_matmul(spec.device, spec.dtype, clock)
         start = clock()
         backend = MinivllmBackend(spec)
         gc.collect()

@@ -7,13 +7,15 @@ of seats. It counts memory only: a workload that is mostly prefill is bound by a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
 from minivllm import cost
 from minivllm.bench.workload import BenchRequest
 from minivllm.config import ModelConfig
+from minivllm.cuda_graphs import IDLE_STREAMS, take_stream
 
 COPY_BYTES = {"cuda": 2**30, "cpu": 2**28}  # far more than any cache holds
 NUM_COPIES = 8
@@ -52,3 +54,15 @@ def wait_for(device: torch.device) -> None:
     """Until everything that was launched has run; nothing to wait for on a CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+@contextmanager
+def on_an_engines_stream(device: torch.device) -> Iterator[None]:
+    """Whatever is launched within goes to the stream that the next engine takes. On any other it would make that engine's steps
+    slower, for as long as the process lives (`take_stream`). On a CPU it does nothing.
+    """
+    stream = take_stream(device.type)
+    if stream is not None:
+        IDLE_STREAMS.add(stream)
+    with torch.cuda.stream(stream):
+        yield

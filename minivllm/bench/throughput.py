@@ -20,7 +20,7 @@ from typing import Any
 
 from minivllm.bench import report
 from minivllm.bench.backends import BACKENDS, ModelSpec, open_backend, require_installed
-from minivllm.bench.cost_floor import least_bytes, measure_bandwidth
+from minivllm.bench.cost_floor import least_bytes, measure_bandwidth, on_an_engines_stream
 from minivllm.bench.environment import describe_environment
 from minivllm.bench.flags import OneLineParser, add_engine_flags, engine_kwargs, flag, parse_flags, require, require_at_least
 from minivllm.bench.measure import measure_all
@@ -155,10 +155,11 @@ def choose_model(args: argparse.Namespace, folder: Path) -> tuple[ModelSpec, Mod
 def run(args: argparse.Namespace, spec: ModelSpec, model_config: ModelConfig, workload: Workload,
         clock: Callable[[], float]) -> dict[str, Any]:
     """Measure, print vLLM's lines, and return the whole JSON."""
-    bandwidth = args.bandwidth * 1e9 if args.bandwidth else measure_bandwidth(spec.device, clock)
     openers = [functools.partial(open_backend, name, spec) for name in args.backend]
-    measured = measure_all(openers, workload, repeats=args.repeats, num_warmups=args.num_warmups, clock=clock,
-                           interleave=args.interleave, tell=lambda line: print(line, file=sys.stderr, flush=True))
+    with on_an_engines_stream(spec.device):
+        bandwidth = args.bandwidth * 1e9 if args.bandwidth else measure_bandwidth(spec.device, clock)
+        measured = measure_all(openers, workload, repeats=args.repeats, num_warmups=args.num_warmups, clock=clock,
+                               interleave=args.interleave, tell=lambda line: print(line, file=sys.stderr, flush=True))
     for one in measured:
         if len(measured) > 1:
             print(f"Backend: {one.backend}")
