@@ -44,13 +44,14 @@ def test_the_report_tells_every_group_and_the_gaps():
     """Each group's share is of the whole step, and what the kernels leave over is told as gaps."""
     step = anatomy.Step(2, 600, 1.0, {"attention": (300.0, 24), "matrix products": (500.0, 97)}, 0.25)
     whole = {"ready_seconds": 3.0, "steps": [vars(step)], "prompts": {"num_prompts": 4, "prompt_len": 2048, "seconds": 0.02,
-             "tokens_per_second": 4e5, "flops_per_second": 4e14, "matmul": 8e14},
+             "tokens_per_second": 4e5, "flops_per_second": 4e14, "matmul": 8e14, "groups": {"SiLU times up": (12_000.0, 24)}},
              "shared_prefix": {"shared_seconds": 0.02, "alone_seconds": 0.2, "ratio": 10.0},
              "environment": {"device": "a GPU", "dtype": "bfloat16", "num_threads": 1, "num_cpus": 1, "threading": {}}}
     text = "\n".join(anatomy.report_lines(whole))
     assert "2,000 tokens/s" in text and "(25%)" in text and "10.0x" in text and "50% of a large matrix product" in text
     lines = {line.split("  ")[1]: line for line in text.splitlines() if line.startswith("  ")}
     assert "30.0%" in lines["attention"] and "50.0%" in lines["matrix products"] and "20.0%" in lines["gaps between kernels"]
+    assert "60.0%" in lines["SiLU times up"] and "40.0%" in lines["gaps, and the host before and after"]
 
 
 @given(st.integers(1, 300), st.integers(1, 3000), st.floats(0, 0.99))

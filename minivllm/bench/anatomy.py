@@ -176,29 +176,35 @@ def timed_replays(graph: torch.cuda.CUDAGraph, rows: Any, lens: Sequence[int]) -
 
 def profiled_replays(graph: torch.cuda.CUDAGraph) -> list[tuple[str, float, int]]:
     """(kernel, microseconds a step, launches a step)."""
+    return profiled(graph.replay)
+
+
+def profiled(step: Callable[[], object]) -> list[tuple[str, float, int]]:
+    """The same for whatever launches kernels, copies among them."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         for _ in range(NUM_PROFILED):
-            graph.replay()
+            step()
         torch.cuda.synchronize()
     events = [event for event in profile.key_averages() if event.device_time_total > 0]
     return [(event.key, event.device_time_total / NUM_PROFILED, round(event.count / NUM_PROFILED)) for event in events]
 
 
-def prompt_rate(llm: LLM, prompt_len: int, clock: Callable[[], float]) -> dict[str, float]:
-    """Flops a second over prompts of this length that fill the budget of one step, the median of several rounds."""
+def prompt_rate(llm: LLM, prompt_len: int, clock: Callable[[], float]) -> dict[str, Any]:
+    """Flops a second over prompts of this length that fill the budget of one step, the median of several rounds; its kernels."""
     count = max(1, (llm.engine.config.max_num_batched_tokens or prompt_len) // prompt_len)
-    seconds = []
+    params, seconds = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, detokenize=False), []
     for _ in range(NUM_REPEATS + 1):
         prompts = random_prompts(llm, count, prompt_len)
         start = clock()
-        llm.generate(prompts, SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, detokenize=False), use_tqdm=False)
+        llm.generate(prompts, params, use_tqdm=False)
         seconds.append(clock() - start)
+    kernels = profiled(lambda: llm.generate(random_prompts(llm, count, prompt_len), params, use_tqdm=False))
     config, query_lens = llm.engine.model_config, [prompt_len] * count
     num_flops = cost.flops(config, query_lens, [(prompt_len + 1) // 2] * count)  # half of each context is in the future
     num_flops -= cost.flops_left_out(config, query_lens)
     median = statistics.median(seconds[1:])
     return {"num_prompts": count, "prompt_len": prompt_len, "seconds": median, "tokens_per_second": count * prompt_len / median,
-            "flops_per_second": num_flops / median}
+            "flops_per_second": num_flops / median, "groups": group_kernels(kernels)}
 
 
 def shared_prefix(llm: LLM) -> dict[str, float]:
@@ -239,6 +245,14 @@ def spoken_range(lens: Sequence[int]) -> str:
     return f"{lens[0]:,}" if lens[0] == lens[-1] else f"{lens[-1]:,} - {lens[0]:,}"
 
 
+def group_lines(groups: dict[str, tuple[float, int]], milliseconds: float, rest: str) -> list[str]:
+    """A line for each group of kernels, and one for what they leave of `milliseconds`."""
+    rows = [(group, microseconds / 1e3, count) for group, (microseconds, count) in groups.items()]
+    rows.append((rest, max(0.0, milliseconds - sum(row[1] for row in rows)), 0))
+    return [f"  {group:<36}{took:8.3f} ms  {took / milliseconds:5.1%}" + (f"  {count:4} launches" if count else "")
+            for group, took, count in rows]
+
+
 def report_lines(whole: dict[str, Any]) -> list[str]:
     """One table a batch size, then the two experiments."""
     lines = [f"Ready after {whole['ready_seconds']:.1f} s"]
@@ -247,16 +261,14 @@ def report_lines(whole: dict[str, Any]) -> list[str]:
         lines += ["", f"Decode, {step['batch_size']} x {spoken_range(lens)} tokens: {step['milliseconds']:.3f} ms a step, "
                   f"{step['batch_size'] / step['milliseconds'] * 1e3:,.0f} tokens/s; weights and KV alone would take "
                   f"{step['floor_milliseconds']:.3f} ms ({step['floor_milliseconds'] / step['milliseconds']:.0%})"]
-        rows = [(group, microseconds / 1e3, count) for group, (microseconds, count) in step["groups"].items()]
-        rows.append(("gaps between kernels", max(0.0, step["milliseconds"] - sum(row[1] for row in rows)), 0))
-        lines += [f"  {group:<28}{took:7.3f} ms  {took / step['milliseconds']:5.1%}" + (f"  {count:4} launches" if count else "")
-                  for group, took, count in rows]
+        lines += group_lines(step["groups"], step["milliseconds"], "gaps between kernels")
     prompts, prefix = whole["prompts"], whole["shared_prefix"]
     rate, peak = prompts["flops_per_second"], prompts["matmul"]
     return [
         *lines, "",
         f"Prompts, {prompts['num_prompts']} x {prompts['prompt_len']} tokens: {prompts['tokens_per_second']:,.0f} tokens/s, "
         f"{rate / 1e12:.0f} TFLOP/s, {rate / peak:.0%} of a large matrix product ({peak / 1e12:.0f})",
+        *group_lines(prompts["groups"], prompts["seconds"] * 1e3, "gaps, and the host before and after"), "",
         f"Shared prefix of {PREFIX_LEN} tokens, {NUM_SHARING} users at once: {prefix['shared_seconds'] * 1e3:.1f} ms to the first "
         f"token (mean), without sharing {prefix['alone_seconds'] * 1e3:.1f} ms: {prefix['ratio']:.1f}x",
         "", *environment_lines(whole["environment"])]
