@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from minivllm.bench.backends import Counters, ModelSpec, release_memory
+from minivllm.bench.cost_floor import wait_for
 from minivllm.bench.flags import BenchError
 from minivllm.bench.workload import BenchRequest, Workload
 from minivllm.config import ModelConfig
@@ -44,6 +45,7 @@ def load_hf_model(spec: ModelSpec) -> Any:
             raise ValidationError(f"transformers cannot load it: {error}", parameter="model") from error
     set_num_threads(spec.device, sum(weight.numel() * weight.itemsize for weight in model.parameters()))
     model.generation_config = GenerationConfig()  # no sampling default of the checkpoint, no EOS
+    wait_for(spec.device)  # continuous batching computes in a thread of its own, whose stream may be another one
     return model.eval().requires_grad_(False)
 
 
