@@ -136,14 +136,15 @@ def append_sampled_tokens(request: Request, token_ids: Sequence[int], now: float
     They come one by one: what follows the last one was never said.
     """
     request.num_output_placeholders -= 1  # one a step, however many tokens it brings
-    if request.times.first_token is None:
-        request.times.first_token = now
-    request.times.last_token = now
-    for num_appended, token_id in enumerate(token_ids, start=1):
+    times, num_known = request.times, len(request.all_token_ids)
+    if times.first_token is None:
+        times.first_token = now
+    times.last_token = now
+    for token_id in token_ids:
         request.all_token_ids.append(token_id)
         if check_stop(request):
-            return num_appended
-    return len(token_ids)
+            break
+    return len(request.all_token_ids) - num_known
 
 
 def check_stop(request: Request) -> bool:
@@ -152,10 +153,10 @@ def check_stop(request: Request) -> bool:
     Called once for every appended token. EOS first, then `stop_token_ids`, then length (vllm/v1/core/sched/utils.py);
     below `min_tokens` only the length can end it. Stop strings are the detokenizer's business: they need text.
     """
-    params, last = request.sampling_params, request.all_token_ids[-1]
-    if last in request.end_token_ids and request.num_output_tokens >= params.min_tokens:
+    last = request.all_token_ids[-1]
+    if last in request.end_token_ids and request.num_output_tokens >= request.sampling_params.min_tokens:
         request.status = RequestStatus.FINISHED_STOPPED
-        request.stop_reason = None if not params.ignore_eos and last in request.eos_token_ids[:1] else last
+        request.stop_reason = None if not request.sampling_params.ignore_eos and last in request.eos_token_ids[:1] else last
         return True
     if len(request.all_token_ids) >= request.max_num_tokens:
         request.status = RequestStatus.FINISHED_LENGTH_CAPPED

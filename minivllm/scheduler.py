@@ -219,29 +219,29 @@ class Scheduler:
         if end == num_known + num_drafts + request.num_output_placeholders:
             request.num_output_placeholders += 1 + num_drafts
         # A position may be computed before its token is known here, or accepted; without it the block has no name until later.
-        if named := self.kv_cache_manager.cache_blocks(request, end if end < num_known else num_known):
-            self.next_output.cached_block_ids += named
+        if self.kv_cache_manager.enable_caching:
+            self.next_output.cached_block_ids += self.kv_cache_manager.cache_blocks(request, end if end < num_known else num_known)
 
     def update_from_output(self, scheduler_output: SchedulerOutput, model_output: ModelOutput) -> list[Request]:
         """Append what a step sampled, end the requests that are done, and return those that got tokens, in the step's order.
 
-        Results for a request that has ended or been preempted since the step was planned are dropped from `model_output`.
+        Results for a request that has ended or been preempted since then, and so lost its blocks, are dropped from `model_output`.
         Positions of the ended are counted as discarded; the preempted compute theirs again, and that is counted then.
         """
-        now = self.clock()
-        moved: list[Request] = []
+        moved, num_generated_tokens, now = list[Request](), 0, self.clock()
         for share in self.in_flight.take_in(scheduler_output):
             request = share.request
-            if not share.is_current:
+            if request.status is not RequestStatus.RUNNING or request.num_preemptions != share.num_preemptions:
                 self.stats.discarded_positions += share.num_tokens if request.is_finished else 0
                 model_output.discard(request.request_id)
             elif token_ids := model_output.sampled_token_ids.get(request.request_id):
                 assert share.samples, (f"request {request.request_id} got a token with {request.num_computed_tokens} of its "
                                        f"{request.num_tokens} computed")
-                self.stats.num_generated_tokens += append_sampled_tokens(request, token_ids, now)
+                num_generated_tokens += append_sampled_tokens(request, token_ids, now)
                 moved.append(request)
             else:
                 assert not share.samples, f"request {request.request_id} has all its tokens computed and got no new one"
+        self.stats.num_generated_tokens += num_generated_tokens
         self._release([request for request in moved if request.is_finished])
         return moved
 

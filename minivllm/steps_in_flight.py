@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from minivllm.request import Request, RequestStatus
+from minivllm.request import Request
 from minivllm.scheduler_output import SchedulerOutput
 
 
@@ -26,11 +26,6 @@ class Share(NamedTuple):
     num_preemptions: int  # when the step was planned: it numbers the residency, since every one ends by a preemption or the end
     num_tokens: int
     samples: bool  # the step reaches the request's newest token, so it brings the next one
-
-    @property
-    def is_current(self) -> bool:
-        """The request still has the blocks that the step wrote to, so the result is its own."""
-        return self.request.status is RequestStatus.RUNNING and self.request.num_preemptions == self.num_preemptions
 
 
 class StepsInFlight:
