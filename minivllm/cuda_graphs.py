@@ -56,7 +56,7 @@ def take_stream(device: str) -> torch.cuda.Stream | None:
     It is not the default one, which cannot be captured. And there is no second: once two have had work, the kernels of a graph are
     0.3 us further apart, a tenth of a small model's step (docs/ledger.md).
     """
-    on_gpu = device != "cpu" and torch.cuda.is_available()
+    on_gpu = not device.startswith("cpu") and torch.cuda.is_available()
     return (IDLE_STREAMS.pop() if IDLE_STREAMS else torch.cuda.Stream()) if on_gpu else None
 
 

@@ -53,7 +53,7 @@ def test_an_engine_takes_the_stream_of_a_closed_one(monkeypatch):
     assert first is not None and first is not second, "two engines, two streams"
     cuda_graphs.IDLE_STREAMS.add(first)
     assert take_stream("cuda") is first, "the stream of a closed engine was idle"
-    assert take_stream("cpu") is None and take_stream("cuda") not in (first, second), "it is taken again"
+    assert take_stream("cpu:0") is None and take_stream("cuda") not in (first, second), "it is taken again"
 
 
 def test_what_a_bench_launches_is_on_the_next_engines_stream(monkeypatch):
