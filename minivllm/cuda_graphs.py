@@ -30,7 +30,7 @@ from minivllm.model import Qwen2ForCausalLM
 from minivllm.sampler import sample_plain
 from minivllm.transfers import upload, upload_into
 
-IDLE_STREAMS = set[torch.cuda.Stream]()  # of closed engines: CUDA's libraries keep 33 MiB for every stream they have seen
+IDLE_STREAMS = set[torch.cuda.Stream | None]()  # no engine's: kept, as CUDA's libraries have 33 MiB for each they have seen
 ZERO_BUCKETS = (8, MOST_NEW_BLOCKS)
 WARM_UP_RUNS = 2  # the first compiles, the second runs what was compiled
 
@@ -50,14 +50,15 @@ def bucket_of(num_requests: int, max_num_seqs: int) -> int:
     return next(size for size in bucket_sizes(max_num_seqs) if size >= num_requests)
 
 
-def take_stream(device: str) -> torch.cuda.Stream | None:
-    """One for all that an engine ever launches on "cuda" or "auto", until it is closed. None without a GPU.
+def next_stream(device: str) -> torch.cuda.Stream | None:
+    """One for all that the next engine will launch on "cuda" or "auto"; idle until its start has succeeded. None without a GPU.
 
     It is not the default one, which cannot be captured. And there is no second: once two have had work, the kernels of a graph are
     0.3 us further apart, a tenth of a small model's step (docs/ledger.md).
     """
     on_gpu = not device.startswith("cpu") and torch.cuda.is_available()
-    return (IDLE_STREAMS.pop() if IDLE_STREAMS else torch.cuda.Stream()) if on_gpu else None
+    IDLE_STREAMS.update([torch.cuda.Stream()] if on_gpu and not IDLE_STREAMS else [])
+    return next(iter(IDLE_STREAMS)) if on_gpu else None
 
 
 def record(compute: Callable[[int], Any], sizes: Sequence[int]) -> tuple[dict[int, torch.cuda.CUDAGraph], dict[int, Any], float]:
@@ -66,8 +67,7 @@ def record(compute: Callable[[int], Any], sizes: Sequence[int]) -> tuple[dict[in
     The others went into compiling, which has to be over by then: a graph holds kernels, and no compiler. The largest size comes
     first, so that the others reuse its memory. All on the current stream, the engine's.
     """
-    pool, seconds = torch.cuda.graph_pool_handle(), 0.0
-    graphs, results = {}, {}
+    pool, seconds, graphs, results = torch.cuda.graph_pool_handle(), 0.0, {}, {}
     for size in reversed(sizes):
         for _ in range(WARM_UP_RUNS):
             compute(size)

@@ -225,7 +225,7 @@ class ModelRunner:
         """Let go of weights and KV, and hand cached GPU memory back to the device. A step that nobody waits for may still run."""
         if self.stream is not None:
             self.stream.synchronize()  # or a kernel would go on in memory that belongs to somebody else
-            IDLE_STREAMS.add(self.stream)  # a draft's is the target's, and comes twice
+            IDLE_STREAMS.add(self.stream)  # for the next engine; a draft's is the target's, and comes twice
         vars(self).clear()  # weights, KV, rows and graphs: nobody asks a closed runner for anything
         torch.cuda.empty_cache()  # without CUDA it does nothing
 

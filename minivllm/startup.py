@@ -33,7 +33,7 @@ import torch
 from minivllm.compile_ahead import compiled_ahead
 from minivllm.compile_cache import CompileCache
 from minivllm.config import EngineConfig, ModelConfig
-from minivllm.cuda_graphs import take_stream
+from minivllm.cuda_graphs import IDLE_STREAMS, next_stream
 from minivllm.draft_model import DraftModelProposer, load_draft, make_proposer, num_drafts
 from minivllm.exceptions import CheckpointError, NotEnoughMemoryError, ValidationError
 from minivllm.generation_config import GenerationDefaults, read_generation_config
@@ -71,8 +71,10 @@ def start(config: EngineConfig) -> Started:
     configure_logging()
     began: dict[str, float] = {}  # phase -> when it began, in seconds of no particular clock; the last one is the one that failed
     try:
-        with torch.cuda.stream(take_stream(config.device)):  # weights and warm-up on it as well
-            return _start(config, began)
+        with torch.cuda.stream(next_stream(config.device)):  # weights and warm-up on it as well
+            started = _start(config, began)
+        IDLE_STREAMS.discard(started.runner.stream)  # until it is closed; a start that fails leaves its stream to the next
+        return started
     except (RuntimeError, NotEnoughMemoryError) as error:
         if not is_out_of_memory(error):
             raise

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from minivllm import cuda_graphs
 from minivllm.bench.cost_floor import on_an_engines_stream
-from minivllm.cuda_graphs import bucket_of, bucket_sizes, take_stream
+from minivllm.cuda_graphs import bucket_of, bucket_sizes, next_stream
 
 
 @pytest.mark.parametrize("most", [1, 2, 3, 17, 64, 65, 200, 256, 1000])
@@ -44,27 +44,30 @@ def test_padding_stays_small(most):
 def test_an_engine_takes_the_stream_of_a_closed_one(monkeypatch):
     """No two living engines have one stream, and a new one is made only where none is idle: libraries keep memory for each."""
     monkeypatch.setattr(cuda_graphs, "IDLE_STREAMS", set())
-    assert take_stream("cpu") is None, "a CPU has no streams"
+    assert next_stream("cpu") is None, "a CPU has no streams"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert take_stream("auto") is None, "without a GPU there is none either"
+    assert next_stream("auto") is None, "without a GPU there is none either"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "Stream", object)
-    first, second = take_stream("cuda"), take_stream("auto")
-    assert first is not None and first is not second, "two engines, two streams"
-    cuda_graphs.IDLE_STREAMS.add(first)
-    assert take_stream("cuda") is first, "the stream of a closed engine was idle"
-    assert take_stream("cpu:0") is None and take_stream("cuda") not in (first, second), "it is taken again"
+    first = next_stream("cuda")
+    assert first is not None and next_stream("auto") is first, "a start that fails leaves its stream to the next"
+    cuda_graphs.IDLE_STREAMS.discard(first)  # as a start does that succeeds
+    second = next_stream("cuda")
+    assert second not in (None, first), "two engines, two streams"
+    assert next_stream("cpu:0") is None, "a CPU has none, idle ones or not"
+    cuda_graphs.IDLE_STREAMS.discard(second)
+    cuda_graphs.IDLE_STREAMS.add(first)  # as a runner does that is closed
+    assert next_stream("cuda") is first, "the stream of a closed engine was idle"
 
 
 def test_what_a_bench_launches_is_on_the_next_engines_stream(monkeypatch):
     """A second stream would make that engine's steps slower. On a CPU there is none, and none is left for an engine to take."""
     entered = []
     monkeypatch.setattr(cuda_graphs, "IDLE_STREAMS", idle := set())
-    monkeypatch.setattr("minivllm.bench.cost_floor.IDLE_STREAMS", idle)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: entered.append(stream) or nullcontext())
     with on_an_engines_stream(torch.device("cpu")):
         assert (entered, idle) == ([None], set())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "Stream", object)
     with on_an_engines_stream(torch.device("cuda")):
-        assert take_stream("cuda") is entered[1], "the engine within has another stream than the bench"
+        assert next_stream("cuda") is entered[1], "the engine within has another stream than the bench"

@@ -8,6 +8,7 @@ from test_engine import greedy, model_and_folder, prompts_of, tokens_of
 from test_engine_parity import TIGHT, hf_greedy
 
 from minivllm import LLM, SamplingParams
+from minivllm.exceptions import ValidationError
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")]
 
@@ -49,13 +50,17 @@ def test_nothing_unreferenced_reaches_the_output():
 
 
 def test_closing_gives_the_gpus_memory_back():
-    """Ten engines in a row leave no memory allocated on the device, but for what CUDA's libraries keep since the first one."""
+    """Ten engines in a row leave no memory allocated on the device, but for what CUDA's libraries keep since the first one. Starts
+    between them that fail neither leave any nor keep the stream.
+    """
     before, streams = None, set()
     for _ in range(11):
         with make_llm("cuda") as llm:
             llm.generate(prompts_of(5), greedy(2), use_tqdm=False)
             streams.add(llm.engine.runner.stream)
         before = before or torch.cuda.memory_allocated()
+        with pytest.raises(ValidationError, match="standing"):  # found when the weights are loaded
+            make_llm("cuda", attention_backend="standing")
     assert len(streams) == 1, "an engine takes the stream of a closed one, and what libraries keep for it"
     assert torch.cuda.memory_allocated() <= before + 2**20, "a closed engine keeps nothing on the device"
 

@@ -15,7 +15,7 @@ import torch
 from minivllm import cost
 from minivllm.bench.workload import BenchRequest
 from minivllm.config import ModelConfig
-from minivllm.cuda_graphs import IDLE_STREAMS, take_stream
+from minivllm.cuda_graphs import next_stream
 
 COPY_BYTES = {"cuda": 2**30, "cpu": 2**28}  # far more than any cache holds
 NUM_COPIES = 8
@@ -59,10 +59,7 @@ def wait_for(device: torch.device) -> None:
 @contextmanager
 def on_an_engines_stream(device: torch.device) -> Iterator[None]:
     """Whatever is launched within goes to the stream that the next engine takes. On any other it would make that engine's steps
-    slower, for as long as the process lives (`take_stream`). On a CPU it does nothing.
+    slower, for as long as the process lives (`next_stream`). On a CPU it does nothing.
     """
-    stream = take_stream(device.type)
-    if stream is not None:
-        IDLE_STREAMS.add(stream)
-    with torch.cuda.stream(stream):
+    with torch.cuda.stream(next_stream(device.type)):
         yield
