@@ -110,7 +110,7 @@ class KVCacheManager:
         """
         if not self.reads_cache(request):
             return [], 0
-        self._name_full_blocks(request, request.num_tokens)
+        self.name_full_blocks(request, request.num_tokens)
         block_ids = find_longest_cache_hit(self.pool, request.block_hashes, request.num_tokens, self.block_size)
         return block_ids, len(block_ids) * self.block_size
 
@@ -160,17 +160,19 @@ class KVCacheManager:
         if last <= first or not self.enable_caching:
             return []
         assert num_tokens <= request.num_tokens, f"{num_tokens} positions to publish, {request.num_tokens} tokens known"
-        self._name_full_blocks(request, num_tokens)
+        self.name_full_blocks(request, num_tokens)
         block_ids = self.block_tables[request.request_id][first:last]
         for block_id, block_hash in zip(block_ids, request.block_hashes[first:last], strict=True):
             self.pool.cache_block(block_id, block_hash)
         self.num_cached_blocks[request.request_id] = last
         return block_ids
 
-    def _name_full_blocks(self, request: Request, num_tokens: int) -> None:
-        """Extend `request.block_hashes` over the full blocks among `num_tokens`. Each is hashed once in a request's life."""
+    def name_full_blocks(self, request: Request, num_tokens: int) -> None:
+        """Extend `request.block_hashes` over the full blocks among `num_tokens`. Each is hashed once in a request's life: a
+        prompt's when it arrives, as a step that has many to admit could not begin before all of them were hashed.
+        """
         hashes, size = request.block_hashes, self.block_size
-        for index in range(len(hashes), num_tokens // size):
+        for index in range(len(hashes), num_tokens // size if self.enable_caching else 0):
             token_ids = request.all_token_ids[index * size:(index + 1) * size]
             hashes.append(hash_block_tokens(hashes[-1] if hashes else None, token_ids, extra_keys_of(request, index)))
 

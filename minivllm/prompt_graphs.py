@@ -32,9 +32,8 @@ from minivllm.flex_attention import QUERY_TILE, FlexMetadata, cut_into_tiles, de
 from minivllm.input_batch import RowTensors, StepInputs
 from minivllm.transfers import upload, upload_into
 
-TOKEN_BUCKETS = (32, 64, 96, 128, 160, 192, 256, 320, 384, 512, 768, 1024, 1280, 1536, 1792, 2048, 2560, 3072, 4096, 5120, 6144,
-                 8192)
-MOST_PROMPTS = 32  # each may need one tile more than its tokens fill
+TOKEN_BUCKETS = (*range(32, 193, 32), 256, 320, 384, 512, *range(768, 2049, 256), 2560, 3072, 4096, 5120, 6144, 8192)
+MOST_PROMPTS = 32  # in a step of up to 3,072 tokens. Each may need one tile more than its tokens fill, and idle tiles cost time
 # Tokens times parameters. A step of less takes the GPU less time, 12 ms for 512 tokens of 7B or 8,192 of 0.5B, than the host to
 # launch its kernels one by one, some 16, and 31 on a slow host.
 HOST_BOUND_FLOPS = 4_100_000_000_000
@@ -67,6 +66,7 @@ class PromptGraphs:
         self.shape = shape
         self.use_graphs = use_graphs
         decodes = bucket_sizes(rows.padding_row)  # of the same sizes as in pure decode steps, whose kernels are compiled
+        self.most_prompts = {size: max(MOST_PROMPTS, size // 96) for size in buckets}  # as of users who share a prefix
         self.most_decodes = {size: max((most for most in decodes if most <= size), default=0) for size in buckets}
         self.inputs = {size: torch.from_numpy(self.pack(size)).to(rows.device) for size in buckets}
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
@@ -74,15 +74,15 @@ class PromptGraphs:
 
     def bucket_for(self, inputs: StepInputs) -> int | None:
         """The smallest graph with room for all tokens, decodes and prompts of a step; None if there is none."""
-        num_prompts = len(inputs.rows) - inputs.num_decodes  # few tokens of many prompts would need more tiles than there are
+        num_prompts = len(inputs.rows) - inputs.num_decodes  # each of many may need a tile, however few its tokens
         return next((size for size, most in self.most_decodes.items() if size >= len(inputs.positions)
-                     and most >= inputs.num_decodes and num_prompts <= MOST_PROMPTS), None)
+                     and most >= inputs.num_decodes and num_prompts <= self.most_prompts[size]), None)
 
     def pack(self, size: int, inputs: StepInputs = NOBODYS) -> np.ndarray:
         """A step's integers in one array: each token's row, position and place, each decode's row and position, the tiles, and
         which tokens sample, if each request has at most one.
         """
-        most, num_tiles, padding = self.most_decodes[size], -(-size // QUERY_TILE) + MOST_PROMPTS, self.rows.padding_row
+        most, num_tiles, padding = self.most_decodes[size], -(-size // QUERY_TILE) + self.most_prompts[size], self.rows.padding_row
         tokens, tiles = np.zeros((3, size), dtype=np.int32), np.zeros((4, num_tiles), dtype=np.int32)
         tokens[0], tiles[0], tiles[3] = padding, padding, 1
         arrays, places = tiles_and_places(inputs, most)

@@ -62,6 +62,7 @@ class Scheduler:
             raise ValidationError(f"request id {request.request_id!r} is in use: ids of unfinished requests must differ",
                                   parameter="request_id", value=request.request_id)
         request.max_num_tokens = min(request.max_num_tokens, self.max_model_len)
+        self.kv_cache_manager.name_full_blocks(request, request.num_tokens)
         request.times.queued = self.clock()
         self.requests[request.request_id] = request
         self.waiting.append(request)
@@ -276,8 +277,7 @@ class Scheduler:
         """Undo a step that failed and all planned after it: nobody may believe KV that was perhaps never written.
 
         Their names are taken back, and all that they scheduled (so everyone who hit those names) is preempted in order. What
-        an earlier step brings to those is dropped, and sampled again. The runner may not have read which rows to drop: the
-        next step repeats them.
+        earlier steps bring them is dropped, and sampled again. The runner may not know which rows to drop: it is told again.
         """
         failed = self.in_flight.undo(scheduler_output)
         for output in failed:

@@ -55,11 +55,12 @@ def measure(backend_name: str, shape: str) -> None:
 
 def run_process(backend: str, shape: str, vllm_path: str | None) -> list[dict[str, Any]]:
     """What such a process has printed; what it says otherwise goes on to our own standard error."""
-    env = dict(os.environ)
+    root, paths = str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH")
+    env = dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, (root, paths))))  # minivllm need not be installed
     if backend == "vllm":
         env |= VLLM_ENV
         if vllm_path:
-            env["PYTHONPATH"] = os.pathsep.join(filter(None, (vllm_path, env.get("PYTHONPATH"))))
+            env["PYTHONPATH"] = os.pathsep.join((vllm_path, env["PYTHONPATH"]))
     command = [sys.executable, __file__, "--measure", backend, shape]
     done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True)
     results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"model_id"')]

@@ -232,6 +232,21 @@ class TestOnTheDevice:
         llm.close()
         others.close()
 
+    def test_many_users_of_one_prefix_are_one_step_by_graph(self):
+        """50 requests behind a shared prefix, each with a few tokens of its own: by graph, tokens of the readable rung."""
+        prefix, *own_tokens = prompts_of(190, *range(8, 58))
+        prompts = [prefix + tokens for tokens in own_tokens]
+        knobs = {"max_num_seqs": 64, "num_blocks": 900, "max_num_batched_tokens": 8192}
+        llm, others, steps = make_llm(**knobs), make_llm("paged_gather", **knobs), []
+        graphs = llm.engine.runner.prompt_graphs
+        own = graphs.run
+        graphs.run = lambda inputs, size: (steps.append((len(inputs.rows), int(inputs.query_lens.sum()))), own(inputs, size))[1]
+        ours, theirs = (tokens_of(each.generate(prompts, greedy(6), use_tqdm=False)) for each in (llm, others))
+        assert steps[:1] == [(50, sum(map(len, prompts)) - 49 * 176)], f"requests and tokens of steps by graph: {steps}"
+        assert ours == theirs, "50 prompts in one graph differ from the readable rung"
+        llm.close()
+        others.close()
+
     def test_t36_warming_up_leaves_nothing_behind(self):
         """A fresh engine has counted nothing, holds nothing and has cached nothing."""
         llm = make_llm(max_num_seqs=2)

@@ -297,6 +297,7 @@ def test_caching_off_means_no_hits_and_no_hashing():
     first = make_request("A", [1] * 5)
     admit(manager, first)
     assert manager.get_computed_blocks(make_request("B", [1] * 5)) == ([], 0)
+    manager.name_full_blocks(first, 4)
     assert first.block_hashes == []
 
 

@@ -86,8 +86,19 @@ def test_t32_any_step_of_few_tokens_has_a_graph(max_num_seqs):
             assert size is not None, f"no graph for {num_decodes} decodes and {num_prompts} prompts"
             assert graphs.pack(size, step).shape == graphs.inputs[size].shape
             assert size - len(step.positions) <= max(31, size // 3), f"{size} rows for {len(step.positions)} tokens"
-    assert graphs.bucket_for(step_of([], [(2, 0)] * (MOST_PROMPTS + 1))) is None, "more prompts than there are tiles for"
     assert graphs.bucket_for(step_of([5] * 33, [(255, 0)] * MOST_PROMPTS)) is None, "more tokens than the largest graph has"
+
+
+def test_many_prompts_have_a_graph_with_tiles_for_all():
+    """64 users who share a prefix of 2,048 tokens, with 64 of their own, are one step by graph; so is anything up to 85 prompts."""
+    graphs = graphs_of(lambda ids, *_: ids, list(TOKEN_BUCKETS), 256)
+    assert graphs.bucket_for(step_of([], [(2112, 0)] + [(64, 2048)] * 63)) == 6144
+    for num_prompts in range(MOST_PROMPTS + 1, 86):
+        size = graphs.bucket_for(step_of([], [(2, 0)] * num_prompts))
+        assert size is not None and size // 96 >= num_prompts, f"{num_prompts} prompts in a graph of {size} tokens"
+        smaller = max(bucket for bucket in TOKEN_BUCKETS if bucket < size)
+        assert smaller // 96 < num_prompts, f"{num_prompts} prompts fit into {smaller} tokens, and go into {size}"
+    assert graphs.bucket_for(step_of([], [(2, 0)] * 86)) is None, "more prompts than there are tiles for"
 
 
 @pytest.mark.parametrize("budget", [1, 31, 32, 60, 300, 2048, 4000, 8192])
@@ -106,9 +117,10 @@ def test_a_full_batch_of_prompts_fits_its_tiles():
     """As many prompts as a step may have, each one token longer than its tiles: every bucket has tiles enough."""
     graphs = graphs_of(lambda ids, *_: ids, list(TOKEN_BUCKETS))
     for size in TOKEN_BUCKETS:
-        each = size // MOST_PROMPTS
+        most = max(MOST_PROMPTS, size // 96)
+        each = size // most
         for count in {max(2, each), max(2, each // QUERY_TILE * QUERY_TILE + 1)}:
-            num_prompts = min(MOST_PROMPTS, size // count)
+            num_prompts = min(most, size // count)
             graphs.pack(size, step_of([], [(count, 0)] * num_prompts))  # raises if an array is too short
 
 

@@ -84,6 +84,13 @@ def test_t02_a_block_is_shared_only_when_it_is_full_of_computed_positions():
     assert output.new_requests[1].block_ids[:3] == output.new_requests[0].block_ids[:3]
 
 
+def test_a_prompts_blocks_are_named_when_it_arrives():
+    """So a step with many prompts to admit has nothing to hash before it can begin. Without the prefix cache nothing is named."""
+    for caching, count in ((True, 3), (False, 0)):
+        request = add(make_scheduler(caching=caching), "a", 7)
+        assert len(request.block_hashes) == count, f"7 tokens in blocks of 2, caching {caching}: {request.block_hashes}"
+
+
 def test_t03_a_known_prompt_is_never_an_empty_query():
     """The same prompt again, a multiple of the block size long: its last block is computed, not its first ones."""
     scheduler = make_scheduler(caching=True)
