@@ -253,7 +253,7 @@ assert (half, seven) == ([0.55, 0.9, 1.78], [3.85, 4.65, 9.03]), "milliseconds, 
 
 # %% [markdown]
 # A small model is far from its floor, because a kernel has a price of its own. A large one is near it at batch size 1:
-# weights are what it reads, and there is nothing left to save but weights. (Where kernels overlap, their sum is a little
+# weights are what it reads, and there is nothing left to save but weights. (Where kernels overlap, their sum is
 # more than the step.)
 #
 # ## What it costs
