@@ -1,8 +1,8 @@
 """Engines beside each other on one GPU: `python tests/gpu_beside.py --backend vllm minivllm`. Not a test: the clock is in it.
 
 Each engine with each model is a process of its own, one after the other. It runs presets C, A and B of the bench, each once
-before it counts, and prints output tokens a second: medians, and of every run in the JSON, as an earlier script did for
-docs/ledger/h200-vllm-side-by-side.json. `bench throughput` measures one preset a start; here a start is shared.
+before it counts, and prints output tokens a second: medians, and of every run in the JSON, of which
+docs/ledger/h200-vllm-side-by-side.json was made. `bench throughput` measures one preset a start; here a start is shared.
 
     --vllm-path FOLDER    where vLLM lies, if it is not installed: it goes in front of vLLM's PYTHONPATH alone
 """
