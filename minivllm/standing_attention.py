@@ -1,15 +1,16 @@
 """Lesson 9. On a CPU: the paged gather, done once for a request and not once for a step.
 
 Owns copies of the contexts that are being decoded. A decode step reads every context whole, and all but its newest position
-was there a step ago. So a group of decodes stands for as long as its members go on together, each by one position a step,
-and the first step's gather becomes a copy to which each later step adds one position a request:
+was there a step ago. So decodes of similar length stand together, aligned at their ends, and the first step's gather becomes
+copies to which each later step adds one column:
 
-    step 1   copy <- slots of positions 0 .. 299 of each     the readable rung gathers 300, 301, 302, ... of each
-    step 2   copy <- slot of position 300 of each
-    step 3   one has finished: the others start a new copy
+    column  0  1  2  3  4        who ends, or does anything but decode, leaves its place to the last of the group;
+    "a"     .  .  0  1  2 <- 3   who comes later is in another group
+    "b"     0  1  2  3  4 <- 5
 
-At 48 contexts of 250 tokens the gather is 30 % of a step. The blocks stay the truth, for prefix hits and after a preemption.
-Copies never take more than the pool does: where contexts are longer together, because they share blocks, each step gathers.
+Keys lie across, a position to a column, as a product with a few queries reads them best. The blocks stay the truth, for prefix
+hits and after a preemption. Copies never take more than the pool does: where contexts are longer together, because they share
+blocks, each step gathers.
 """
 
 from __future__ import annotations
@@ -19,35 +20,69 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from minivllm.attention import AttentionMetadata, DecodeGroup, PagedAttention, context_slots, group_by_length
+from minivllm.attention import AttentionMetadata, DecodeGroup, PagedAttention, gather_kv, slot_mapping
 
-ROOM = 64  # positions by which a copy can grow before it is made anew
-GROUP_POSITIONS = 2**13  # of one attention call: larger groups have more padding, smaller ones more calls
+ROOM = 64  # columns by which a copy can grow before it is made anew
+PADDING = 2**11  # positions that a group may waste: a second one would cost some 15 small operations a layer, about as much time
+GROUP_POSITIONS = 2**15  # the scores of more leave the core's cache
+
+
+def group_by_padding(seq_lens: list[int]) -> list[list[int]]:
+    """Row numbers in groups, longest first. A group is padded to its first, by PADDING positions in all."""
+    groups: list[list[int]] = []
+    longest = room = 0
+    for row in sorted(range(len(seq_lens)), key=lambda row: -seq_lens[row]):
+        missing = longest - seq_lens[row]
+        if not groups or missing > room or (len(groups[-1]) + 1) * longest > GROUP_POSITIONS:
+            groups.append([])
+            longest, room, missing = seq_lens[row], PADDING, 0
+        groups[-1].append(row)
+        room -= missing
+    return groups
 
 
 class StandingGroup(DecodeGroup):
-    """Decodes of similar length that go on together, and a copy of their K and V (K, B, S + ROOM, D) for each layer."""
+    """B decodes that go on together, and for each layer a copy of their keys (B, K, D, C) and values (B, K, C, D)."""
 
-    def __init__(self, metadata: AttentionMetadata, rows: list[int], block_size: int) -> None:
-        self.keys = [metadata.request_keys[row] for row in rows]
-        self.capacity = max(metadata.host_seq_lens[row] for row in rows) + ROOM
+    def __init__(self, metadata: AttentionMetadata, rows: list[int], cache: PagedAttention) -> None:
+        self.members = [(metadata.request_keys[row], metadata.host_seq_lens[row]) for row in rows]  # who, and how far each is
+        end = max(length for _, length in self.members)
+        before, columns = end - metadata.seq_lens[rows, None], torch.arange(end + ROOM)  # (B, 1), (C,)
+        # Where a context has not begun its position 0 is repeated: finite, whatever lies elsewhere.
+        positions, self.num_kv_heads = (columns[:end] - before).clamp(min=0), len(cache.key_cache)
+        self.slots = slot_mapping(metadata.block_table, torch.tensor(rows)[:, None], positions, cache.block_size)  # (B, end)
+        kind = torch.promote_types(cache.kv_cache.dtype, torch.float32)  # a softmax of half types loses too much
+        bias = torch.where(columns < before, float("-inf"), 0.0).to(kind)  # (B, C)
+        self.all_bias = bias[:, None, None].repeat(1, self.num_kv_heads, 1, 1)  # (B, K, 1, C)
         self.copies: dict[PagedAttention, tuple[Tensor, Tensor]] = {}
-        self.follow(metadata, rows)
-        seq_lens = metadata.seq_lens[self.rows]
-        self.slots = context_slots(metadata.block_table[self.rows], seq_lens, self.capacity, block_size)  # (B, S + ROOM)
+        self.stand(metadata, rows, end)
 
-    def goes_on(self, seq_lens: dict[int, int]) -> bool:
-        """Whether every member computes exactly its next position in this step, and the copy has room for it."""
-        return all(seq_lens.get(key) == last + 1 <= self.capacity for key, last in zip(self.keys, self.seq_lens))
+    def stand(self, metadata: AttentionMetadata, rows: list[int], end: int) -> None:
+        """In this step the members are in these rows, and column `end` - 1 holds the newest position of each."""
+        self.rows, self.end = torch.tensor(rows), end
+        self.start = end - max(length for _, length in self.members)  # of the longest context
+        self.newest_slots = metadata.slot_mapping[self.rows]  # (B,) in the pool, of each decode's only token
+        self.bias = self.all_bias[: len(rows), ..., self.start : end].flatten(0, 1)  # (B * K, 1, S)
 
-    def follow(self, metadata: AttentionMetadata, rows: list[int]) -> None:
-        """Where the members are in this step, and what is new: the only token of a decode."""
-        self.rows = torch.tensor(rows)
-        self.seq_lens = [metadata.host_seq_lens[row] for row in rows]
-        ends = metadata.seq_lens[self.rows].long()  # (B,)
-        self.mask = (torch.arange(max(self.seq_lens)) < ends[:, None])[None, :, None]  # (1, B, 1, S)
-        self.newest = torch.arange(len(rows)) * self.capacity + ends - 1  # (B,) in a copy seen as (K, B * (S + ROOM), D)
-        self.newest_slots = metadata.slot_mapping[self.rows]  # (B,) in the pool
+    def follow(self, metadata: AttentionMetadata, row_of: dict[int, int]) -> bool:
+        """Go on with those who compute exactly their next position, and take them out of `row_of`; False if that is nobody."""
+        for index in reversed(range(len(self.members))):
+            key, length = self.members[index]
+            if key not in row_of or metadata.host_seq_lens[row_of[key]] != length + 1:
+                self.leave(index)
+        if not self.members or self.end == self.all_bias.shape[3]:
+            return False
+        self.members = [(key, length + 1) for key, length in self.members]
+        self.stand(metadata, [row_of.pop(key) for key, _ in self.members], self.end + 1)
+        return True
+
+    def leave(self, index: int) -> None:
+        """The last member takes the place of this one in every copy."""
+        last = self.members.pop()
+        if index < len(self.members):
+            self.members[index] = last
+            for copy in (self.all_bias, *(copy for pair in self.copies.values() for copy in pair)):
+                copy[index] = copy[len(self.members)]
 
 
 class StandingAttention(PagedAttention):
@@ -57,30 +92,41 @@ class StandingAttention(PagedAttention):
 
     def plan_decodes(self, metadata: AttentionMetadata) -> list[DecodeGroup]:
         """Keep the groups that go on, and form new ones of the other decodes; all anew when there are twice as many as needed."""
-        rows, lens = range(metadata.num_decodes), metadata.host_seq_lens
-        if not metadata.request_keys or sum(lens) > self.key_cache.shape[1]:
+        lens, num_bytes = metadata.host_seq_lens[: metadata.num_decodes], self.kv_cache.itemsize
+        if not metadata.request_keys or sum(lens) * max(num_bytes, 4) > self.key_cache.shape[1] * num_bytes:
             self.standing = ()
             return super().plan_decodes(metadata)
-        row_of = {metadata.request_keys[row]: row for row in rows}
-        kept = [group for group in self.standing if group.goes_on({key: lens[row] for key, row in row_of.items()})]
-        if len(kept) > 2 * len(group_by_length([lens[row] for row in rows], GROUP_POSITIONS)):
-            kept = []
-        for group in kept:
-            group.follow(metadata, [row_of.pop(key) for key in group.keys])
-        rest = list(row_of.values())
-        new = group_by_length([lens[row] for row in rest], GROUP_POSITIONS)
-        self.standing = kept + [StandingGroup(metadata, [rest[index] for index in group], self.block_size) for group in new]
+        row_of = {key: row for row, key in enumerate(metadata.request_keys[: len(lens)])}
+        kept, rest = [group for group in self.standing if group.follow(metadata, row_of)], list(row_of.values())
+        new = [[rest[index] for index in group] for group in group_by_padding([lens[row] for row in rest])]
+        if len(kept) + len(new) > 2 * len(needed := group_by_padding(lens)):
+            kept, new = [], needed
+        self.standing = kept + [StandingGroup(metadata, rows, self) for rows in new]
         return list(self.standing)
 
-    def contexts(self, group: DecodeGroup) -> tuple[Tensor, Tensor]:
-        """Add the newest position to this layer's copies, or make them."""
-        if not isinstance(group, StandingGroup):
-            return super().contexts(group)
+    def copies(self, group: StandingGroup) -> tuple[Tensor, Tensor]:
+        """This layer's keys and values of a group, made now or with the newest column added."""
         if self not in group.copies:
-            group.copies[self] = super().contexts(group)
+            (count, heads, _, capacity), size = group.all_bias.shape, self.key_cache.shape[2]
+            keys = group.all_bias.new_empty(count, heads, size, capacity)
+            values = group.all_bias.new_empty(count, heads, capacity, size)
+            keys[..., : group.end] = gather_kv(self.key_cache, group.slots).permute(1, 0, 3, 2)  # of (K, B, end, D)
+            values[:, :, : group.end] = gather_kv(self.value_cache, group.slots).transpose(0, 1)
+            group.copies[self] = keys, values
         else:
-            for copy, cache in zip(group.copies[self], (self.key_cache, self.value_cache)):
-                copy.flatten(1, 2).index_copy_(1, group.newest, cache.index_select(1, group.newest_slots))
-        k, v = group.copies[self]
-        longest = group.mask.shape[-1]
-        return k[:, :, :longest], v[:, :, :longest]  # views (K, B, S, D)
+            (keys, values), count = group.copies[self], len(group.members)
+            newest = self.kv_cache.index_select(2, group.newest_slots)  # (2, K, B, D)
+            keys.select(3, group.end - 1)[:count].transpose(0, 1).copy_(newest[0])
+            values.select(2, group.end - 1)[:count].transpose(0, 1).copy_(newest[1])
+        return keys, values
+
+    def attend_decodes(self, q: Tensor, group: DecodeGroup) -> Tensor:
+        """One query each, q (B, H, D)."""
+        if not isinstance(group, StandingGroup):
+            return super().attend_decodes(q, group)
+        count, (keys, values) = len(group.bias), self.copies(group)
+        keys = keys.flatten(0, 1)[:count, :, group.start : group.end]  # views: (B * K, D, S)
+        values = values.flatten(0, 1)[:count, group.start : group.end]  # (B * K, S, D)
+        queries = q.view(count, -1, q.shape[-1]).to(keys.dtype)  # (B * K, H/K, D)
+        scores = torch.baddbmm(group.bias, queries, keys, alpha=q.shape[-1] ** -0.5)
+        return torch.bmm(scores.softmax(-1), values).view_as(q).to(q.dtype)

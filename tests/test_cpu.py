@@ -9,18 +9,20 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from test_attention import one_layer
 from tiny_models import random_qwen2
 from torch import nn
 
-from minivllm import LLM, SamplingParams, threads
+from minivllm import LLM, SamplingParams, standing_attention, threads
 from minivllm import packed_linear as packed_linear_module
-from minivllm.attention import AttentionMetadata, PagedAttention
+from minivllm.attention import AttentionMetadata, PagedAttention, gather_kv
 from minivllm.bench.command import main as bench
 from minivllm.config import EngineConfig
 from minivllm.exceptions import ValidationError
 from minivllm.packed_linear import PackedLinear, pack_linears
-from minivllm.standing_attention import ROOM, StandingAttention
+from minivllm.standing_attention import GROUP_POSITIONS, PADDING, ROOM, StandingAttention, group_by_padding
 from minivllm.startup import decide_attention_backend
 
 CPU = torch.device("cpu")
@@ -69,28 +71,74 @@ def decode_step(layer, seq_lens, keys, tables, block_size=4):
     metadata.request_keys = keys
     generator = torch.Generator().manual_seed(sum(seq_lens))
     q, k, v = (torch.randn(len(seq_lens), heads, 8, generator=generator) for heads in (4, 2, 2))
+    q, k, v = (x.to(layer.kv_cache.dtype) for x in (q, k, v))
     layer.write(k, v, metadata.slot_mapping)
     return layer.attend(q, metadata)
 
 
-def test_copies_follow_requests_that_come_move_and_go():
-    """Standing copies give what a gather of every step gives, while rows change places, members finish and others join."""
+def give_context(layers, table, length, block_size=4):
+    """The same random keys and values for a request's first positions, in every layer."""
+    slots = [table[position // block_size] * block_size + position % block_size for position in range(length)]
+    k, v = torch.randn(2, length, 2, 8, dtype=torch.float64).to(layers[0].kv_cache.dtype)
+    for layer in layers:
+        layer.write(k, v, torch.tensor(slots))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, {}), (torch.bfloat16, {"rtol": 0.016, "atol": 0.004})])
+def test_copies_follow_requests_that_come_move_and_go(dtype, tolerance):
+    """Standing copies give what a gather of every step gives, while rows change places, members finish and others join. Whatever
+    belongs to nobody is NaN.
+    """
+    torch.manual_seed(0)
     layers = [one_layer(600, 4, 2, 8, kind=kind) for kind in (PagedAttention, StandingAttention)]
     for layer in layers:
-        torch.manual_seed(0)
-        layer.key_cache.normal_()
-        layer.value_cache.normal_()
+        layer.__init__(torch.full_like(layer.kv_cache, float("nan"), dtype=dtype), 4)
     tables = {key: torch.randperm(100)[:50].add(1 + 100 * key).tolist() for key in range(5)}
-    lens = {0: 5, 1: 9, 2: 60}
+    lens, joining = {}, {0: {0: 5, 1: 9, 2: 60}, 7: {3: 30, 4: 2}}
     for step in range(ROOM + 20):
-        if step == 7:
-            lens |= {3: 30, 4: 2}
+        for key, length in joining.get(step, {}).items():
+            give_context(layers, tables[key], length)
+            lens[key] = length
         if step == 15:
             del lens[1]
+        if step == 40:
+            del lens[2]  # the longest
         keys = sorted(lens, key=lambda key: (key * 7 + step) % 5)  # in other rows every time
         lens = {key: lens[key] + 1 for key in keys}
         plain, standing = (decode_step(layer, [lens[key] for key in keys], keys, [tables[key] for key in keys]) for layer in layers)
-        torch.testing.assert_close(standing, plain)
+        torch.testing.assert_close(standing, plain, **tolerance)
+
+
+def test_nothing_is_gathered_when_a_member_leaves_its_group(monkeypatch):
+    layer, gathered = one_layer(40, 4, 2, 8, kind=StandingAttention), []
+    monkeypatch.setattr(standing_attention, "gather_kv", lambda *args: gathered.append(args[1].shape) or gather_kv(*args))
+    layer.kv_cache.zero_()
+    tables = {key: list(range(1 + 9 * key, 10 + 9 * key)) for key in range(4)}
+    for length, keys in ((9, [0, 1, 2, 3]), (10, [3, 1, 0]), (11, [1, 3]), (12, [3]), (13, [3])):
+        decode_step(layer, [length + key for key in keys], keys, [tables[key] for key in keys])
+    assert gathered == [(4, 12)] * 2, "keys and values, of the first step alone"
+
+
+@given(st.lists(st.integers(1, 5000), max_size=40))
+def test_a_group_wastes_no_more_than_it_may_and_nobody_is_left_out(lens):
+    groups = group_by_padding(lens)
+    assert sorted(row for group in groups for row in group) == list(range(len(lens)))
+    for group in groups:
+        longest = max(lens[row] for row in group)
+        assert sum(longest - lens[row] for row in group) <= PADDING
+        assert longest * len(group) <= GROUP_POSITIONS
+    if lens and sum(max(lens) - length for length in lens) <= PADDING and max(lens) * len(lens) <= GROUP_POSITIONS:
+        assert len(groups) == 1
+
+
+@pytest.mark.parametrize(("dtype", "longest"), [(torch.float32, 80), (torch.bfloat16, 40), (torch.float64, 80)])
+def test_copies_take_no_more_memory_than_the_pool(dtype, longest):
+    """Two requests share 20 blocks of 4 slots. Copies are float32 at least: of half types they may hold half as many positions."""
+    for length in (longest // 2, longest // 2 + 1):
+        layer = StandingAttention(torch.zeros(2, 2, 80, 8, dtype=dtype), 4)
+        table = [list(range(length // 4 + 1))] * 2
+        decode_step(layer, [length, length], [0, 1], table)
+        assert bool(layer.standing) == (2 * length <= longest)
 
 
 def test_a_context_is_gathered_once_and_not_once_for_a_step():
