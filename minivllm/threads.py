@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
-SMALL_BYTES = 32 * 2**20  # of weights. 23 MB: one thread is faster than two; 111 MB: slower at 64 requests (docs/ledger.md)
+SMALL_BYTES = 32 * 2**20  # of weights. 23 MB: one thread is faster than two; 111 MB: slower at 64 requests (docs/ledger_cpu.md)
 
 
 def cpu_quota(root: Path = Path("/sys/fs/cgroup")) -> float | None:
