@@ -9,8 +9,8 @@ copies to which each later step adds one column:
     "b"     0  1  2  3  4 <- 5
 
 Keys lie across, a position to a column, as a product with a few queries reads them best. The blocks stay the truth, for prefix
-hits and after a preemption. Copies never take more than the pool does: where contexts are longer together, because they share
-blocks, each step gathers.
+hits and after a preemption. Where contexts are longer together than the pool, because they share blocks, there are no copies and
+each step gathers; and a group of which less than half is left is made anew, so copies take little more than twice the pool.
 """
 
 from __future__ import annotations
@@ -65,13 +65,13 @@ class StandingGroup(DecodeGroup):
         self.bias = self.all_bias[: len(rows), ..., self.start : end].flatten(0, 1)  # (B * K, 1, S)
 
     def follow(self, metadata: AttentionMetadata, row_of: dict[int, int]) -> bool:
-        """Go on with those who compute exactly their next position, and take them out of `row_of`; False if that is nobody."""
+        """Go on with those who compute exactly their next position, and take them out of `row_of`; False if it is over."""
         for index in reversed(range(len(self.members))):
             key, length = self.members[index]
             if key not in row_of or metadata.host_seq_lens[row_of[key]] != length + 1:
                 self.leave(index)
-        if not self.members or self.end == self.all_bias.shape[3]:
-            return False
+        if 2 * len(self.members) < len(self.all_bias) or self.end == self.all_bias.shape[3]:
+            return False  # most of the memory is nobody's, or no column is left
         self.members = [(key, length + 1) for key, length in self.members]
         self.stand(metadata, [row_of.pop(key) for key, _ in self.members], self.end + 1)
         return True
